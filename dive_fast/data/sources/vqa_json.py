@@ -356,7 +356,7 @@ def _image_namer(
     if must_exist:
         raise DataError(
             f"{file}: the image of its first question is not in {root} (no {names[0](first, 0)}): name the folder "
-            "of the images, or measure texts only"
+            "of the images"
         )
     return names[0]
 

@@ -25,7 +25,7 @@ from dive_fast.errors import ConfigError
 from dive_fast.evaluation.feature_identity import computed_by, features_identity, structure
 from dive_fast.evaluation.geometry.embed import in_fp32
 from dive_fast.identity import Identity, digest
-from dive_fast.model.huggingface.hub_files import folder_of
+from dive_fast.model.huggingface.hub_files import folder_of, read_config
 from dive_fast.model.model_identity import state_digest, weights_digest
 from dive_fast.model.model_names import LOCAL
 from dive_fast.model.towers import Towers
@@ -345,6 +345,7 @@ def _transformers_model(name: str) -> tuple[Any, Any, str]:
         raise ConfigError("--text-encoder needs transformers: pip install 'dive_fast[train]'") from error
     try:
         folder = folder_of(name, weights=True)
+        read_config(folder)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="right")
         with _quiet(transformers.utils.logging):
             model, loading = transformers.AutoModel.from_pretrained(

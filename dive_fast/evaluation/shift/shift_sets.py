@@ -88,7 +88,10 @@ def parse(text: str) -> SetOption:
     if not location or not option.name:
         raise ConfigError(f"{text}: expected [NAME=]SET, where SET is a path or the name of a set")
     if not option.is_vqa and (option.annotations or option.text in get_args(VqaText)):
-        raise ConfigError(f"{text}: questions and answers are those of JSON files (format={VQA})")
+        raise ConfigError(
+            f"{text}: questions and answers are those of JSON files; write format={VQA} too for a section of the "
+            "config"
+        )
     if option.is_vqa and option.text in ("caption", "none"):
         raise ConfigError(f"{text}: the text of a {VQA} set is one of {', '.join(get_args(VqaText))}")
     return option

@@ -90,7 +90,9 @@ def test_answers_are_joined_by_question_id(tmp_path: Path) -> None:
 
 
 def test_missing_images_are_reported_at_once(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"the image of its first question is not in .* measure texts only"):
+    with pytest.raises(
+        DataError, match=r"the image of its first question is not in .* name the folder of the images"
+    ):
         open_vqa(write(tmp_path, QUESTIONS), None, None, "question", images=True)
     with pytest.raises(DataError, match="no such file"):
         open_vqa(str(tmp_path / "none.json"), None, None, "question", images=False)

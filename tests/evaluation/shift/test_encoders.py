@@ -139,7 +139,11 @@ def test_wrong_encoders_are_refused(tmp_path: Path, bert: Path, monkeypatch: pyt
         ImageEncoder(str(tmp_path / "resnet"))
     for name, message in (
         (str(tmp_path / "none"), "transformers cannot load it: folder not found"),
-        (str(tmp_path / "resnet"), "--text-encoder /.*: transformers cannot load it"),
+        (str(tmp_path), "transformers cannot load it: /.* has no config.json"),
+        (
+            str(tmp_path / "resnet"),
+            "--text-encoder /.*: transformers cannot load it: /.*config.json is not the config",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             TextEncoder(name)

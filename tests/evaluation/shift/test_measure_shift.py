@@ -313,7 +313,7 @@ def test_overlap_with_the_fitted_set_is_counted(folder: Path, tmp_path: Path) ->
         (["a/x", "b/x"], "duplicate name x among the sets; name them by NAME=SET"),
         (["x,text=all"], "text is one of caption, none, question, question_answer, answer"),
         (["x,text=none,text=none"], "a field is written twice"),
-        (["x,text=answer"], r"questions and answers are those of JSON files \(format=vqa\)"),
+        (["x,text=answer"], "questions and answers are those of JSON files; write format=vqa too for a section"),
         (["x.json,text=none"], "the text of a vqa set is one of question"),
         (["/"], r"expected \[NAME=\]SET"),
     ],
