@@ -140,6 +140,8 @@ def main() -> None:
         cells = [ours.operations, f"{ours.bytes / count:.1f}", theirs.operations, f"{theirs.bytes / count:.1f}"]
         print(f"| {' | '.join(map(str, [name, *cells, *(f'{1e3 * time:.3f}' for time in times)]))} |", flush=True)
     write("attack-kernels", figures, options.results)
+    ratios = (f"{name} {each['seconds'][0] / each['seconds'][1]:.2f}" for name, each in figures.items())
+    print("measured: " + ", ".join(ratios))
 
 
 if __name__ == "__main__":

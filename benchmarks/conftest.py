@@ -59,6 +59,8 @@ def step_report(request: pytest.FixtureRequest, zero: int) -> StepReport:
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if (report := config.stash.get(REPORT, None)) and report.entries:
-        terminalreporter.write_line(f"\n{report.table()}\n\n{report.path}")
+        terminalreporter.write_line(f"\n{report.table()}\n\n{report.times()}\n\n{report.path}")
+        if summary := report.summary():
+            terminalreporter.write_line(f"measured: {summary}")
     if step_report := config.stash.get(STEP_REPORT, None):
         terminalreporter.write_line(f"\n{step_report.table()}\n\n{step_report.path}")

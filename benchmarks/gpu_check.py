@@ -1,14 +1,16 @@
-"""Checks all claims about GPUs on a GPU in three calls of nine minutes: ``make gpu-check CALL=1``, then 2 and 3.
+"""Checks all claims about GPUs on a GPU, in calls of nine minutes: ``make gpu-check CALL=1``, then 2 and 3.
 
 Parts run one after another, each in its own process with its own time limit, the most informative first. Each has
 a question and a predicted answer, which is printed next to what was measured. results/<device>-gpu-check.json is
 written after each part, and keeps outcomes of earlier calls. ``--call`` selects the parts of a call, ``--only``
-single parts. ``--rehearse`` runs every part at its smallest size, without a GPU, and writes to ``build``.
+single parts. Calls 4 and 5 are less urgent; call 4 has what needs two GPUs. ``--rehearse`` runs every part at its
+smallest size, without a GPU, and writes to ``build``.
 """
 
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,10 +24,11 @@ from typing import Any, NamedTuple
 
 from loss_report import REPOSITORY, commit, device_name, slug, write_json
 from losses import DEVICE
+from step_report import step_ratios
 
 PYTHON = sys.executable
 # Not `python -m pytest`: the folder `kernels` of the working directory would hide Hugging Face's package.
-PYTEST = (str(Path(sys.executable).with_name("pytest")), "-q", "-p", "no:cacheprovider")
+PYTEST = (str(Path(sys.executable).with_name("pytest")), "-p", "no:cacheprovider")
 MEASURED = "measured: "
 """Beginning of the line in which a benchmark sums up its figures."""
 TAIL = 1500
@@ -60,7 +63,8 @@ def parts(results: Path) -> list[Part]:
     folder = ("--results", str(results))
     kernels, engine = "tests/kernels", "tests/engine/test_step.py"
     interpreted = "tests/kernels/test_triton.py"
-    losses = "benchmarks/test_losses.py"
+    losses, two_gpus = "benchmarks/test_losses.py", "tests/launch/test_two_gpus.py"
+    steps_file = results / f"{slug(device_name())}-steps.json"
     study = ("-m", "study", "run", "--size", "full", "--settings", "small")
     gpu_precision = ("--results", str(results / f"{slug(device_name())}-precision.json"))
 
@@ -196,13 +200,31 @@ def parts(results: Path) -> list[Part]:
             3,
         ),
         Part(
+            "loaded steps",
+            "How much longer does a step of 1,024 images take next to a loader, on 16 cores?",
+            "ImageNet's bytes: flyp 1.7, plain 1.05, dali 1.10, ffcv 1.02; 288 px: 1.3, 1.02, 1.05, 1.02",
+            script("loaded_steps"),
+            script("loaded_steps"),
+            130,
+            3,
+        ),
+        Part(
+            "attack kernels",
+            "What is the time of the attack's kernels over plain PyTorch's?",
+            "volume 0.1, PGD step 0.24, PGD start 0.02",
+            script("attack_kernels"),
+            script("attack_kernels"),
+            20,
+            3,
+        ),
+        Part(
             "precision",
             "Does the gradient of difference vectors survive fp16?",
             "cosine to fp32 at a difference of 3e-3: 0.97; bf16 0.45",
             (PYTHON, "benchmarks/precision.py", "--models", "ViT-B-16", *gpu_precision),
             (PYTHON, "benchmarks/precision.py", "--models", "demo", *gpu_precision),
             60,
-            3,
+            4,
         ),
         Part(
             "loaders",
@@ -211,7 +233,7 @@ def parts(results: Path) -> list[Part]:
             script("loaders", "--rounds", "1", "--batches", "8", "--images", "128"),
             (PYTHON, "benchmarks/loaders.py", "--help"),
             60,
-            3,
+            4,
         ),
         Part(
             "cache",
@@ -220,7 +242,25 @@ def parts(results: Path) -> list[Part]:
             script("cache", "--gib", "2"),
             script("cache", "--gib", "0.1", "--batches", "20"),
             30,
-            3,
+            4,
+        ),
+        Part(
+            "plan",
+            "What are memory and time of measured steps over their plans?",
+            "memory 1.00 to 1.05; time 0.9 to 1.2",
+            (PYTHON, "benchmarks/planned.py", "--against", str(steps_file)),
+            (PYTHON, "benchmarks/planned.py", "--against", str(steps_file)),
+            60,
+            4,
+        ),
+        Part(
+            "two GPUs",
+            "Do ZeRO's stages, resuming and evaluating work over NCCL, and does a rank leave a killed one?",
+            "yes, within a minute; on one GPU skipped",
+            (*PYTEST, two_gpus, "-m", "two_gpus"),
+            (*PYTEST, two_gpus, "-m", "slow", "--collect-only"),
+            300,
+            4,
         ),
         Part(
             "study",
@@ -229,7 +269,7 @@ def parts(results: Path) -> list[Part]:
             (PYTHON, *study, "--minutes", "8", *folder),
             (PYTHON, *study, "--help"),
             540,
-            4,
+            5,
             REPOSITORY / "benchmarks",
         ),
     ]
@@ -244,7 +284,8 @@ def sanitizer() -> str:
 def run(part: Part, command: Sequence[str], seconds: float) -> dict[str, Any]:
     """Runs a part; returns its outcome, its seconds and the end of its output.
 
-    The outcome is ``passed``, ``failed``, ``out of time``, or ``not installed`` if its program is missing.
+    The outcome is ``passed``, ``failed``, ``out of time``, ``skipped`` if that is what all of its tests were, or
+    ``not installed`` if its program is missing.
     """
     start = time.monotonic()
     if not shutil.which(command[0]):
@@ -272,6 +313,8 @@ def run(part: Part, command: Sequence[str], seconds: float) -> dict[str, Any]:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
         outcome = "out of time"
+    if outcome == "passed" and re.match(r"\d+ skipped", measured(output)):
+        outcome = "skipped"
     result = {"part": part.name, "outcome": outcome, "seconds": round(time.monotonic() - start, 1)}
     result |= {"question": part.question, "predicted": part.prediction, "measured": measured(output)}
     return result | {"command": _without_paths(" ".join(command)), "end": _without_paths(output[-TAIL:])}
@@ -289,34 +332,6 @@ def _without_paths(text: str) -> str:
     for path in (REPOSITORY, Path(sys.executable).parent):
         text = text.replace(f"{path}/", "")
     return text
-
-
-def step_ratios(file: Path) -> dict[str, dict[str, float]]:
-    """Ratios of this engine's DiVE to FLYP, by model, at the largest batch for which both were measured.
-
-    Args:
-        file: results of ``steps.py``.
-
-    Returns:
-        ``dive_over_flyp_peer_time``: time relative to FLYP as published. ``dive_over_flyp_memory``: memory
-        relative to this engine's FLYP.
-    """
-    if not file.exists():
-        return {}
-    cases = [case for case in json.loads(file.read_text())["cases"] if case["outcome"] == "measured"]
-    by_model: dict[str, dict[str, float]] = {}
-    for case in sorted(cases, key=lambda case: case["batch"]):
-        if case["competitor"] != "dive_fast" or case.get("reference_batch"):
-            continue
-        same = {c["competitor"]: c for c in cases if (c["model"], c["batch"]) == (case["model"], case["batch"])}
-        ratios = {}
-        if "flyp_published" in same:
-            ratios["dive_over_flyp_peer_time"] = case["seconds"] / same["flyp_published"]["seconds"]
-        if "flyp_fast" in same:
-            ratios["dive_over_flyp_memory"] = case["peak_bytes"] / same["flyp_fast"]["peak_bytes"]
-        if ratios:
-            by_model[case["model"]] = {"batch": case["batch"]} | ratios
-    return by_model
 
 
 def main() -> int:
@@ -352,9 +367,9 @@ def main() -> int:
             continue
         command = part.rehearsal if options.rehearse else part.command
         result = run(part, command, left if options.rehearse else min(left, part.seconds))
-        if result["outcome"] != "out of time" or outcomes[part.name]["outcome"] != "passed":
+        if result["outcome"] not in ("out of time", "skipped") or outcomes[part.name]["outcome"] != "passed":
             outcomes[part.name] = result | {"commit": commit()}
-        failed |= result["outcome"] != "passed"
+        failed |= result["outcome"] not in ("passed", "skipped")
         print(f"{part.name:<12} {result['outcome']:<14} {result.get('seconds', 0):6.1f} s", flush=True)
         print(f"  {part.question}\n  predicted: {part.prediction}", flush=True)
         print(f"  measured:  {result.get('measured', '')}", flush=True)

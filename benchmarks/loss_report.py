@@ -75,6 +75,29 @@ class Report:
             lines.append(f"| {key[0]} {key[1]} x {key[2]} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
 
+    def times(self) -> str:
+        """Markdown of each case's milliseconds: between calls, issued by the host, and in the device's kernels."""
+        columns = ("seconds", "host_seconds", "device_seconds")
+        lines = ["| case | wall, ms | host, ms | kernels, ms |", "|---" * 4 + "|"]
+        for entry in self.entries:
+            if entry["outcome"] == "measured":
+                cells = " | ".join(f"{1e3 * entry[column]:.3f}" for column in columns)
+                lines.append(f"| {Case(*(entry[name] for name in Case._fields))} | {cells} |")
+        return "\n".join(lines)
+
+    def summary(self) -> str:
+        """Time of the Triton losses over eager PyTorch's for each size of the joint loss."""
+        seconds = {
+            (entry["batch"], entry["width"], entry["competitor"]): entry["seconds"]
+            for entry in self.entries
+            if entry["operation"] == "joint" and entry["outcome"] == "measured"
+        }
+        return ", ".join(
+            f"{batch} x {width}: {seconds[batch, width, 'triton'] / seconds[batch, width, 'eager']:.2f}"
+            for batch, width, competitor in sorted(seconds)
+            if competitor == "triton" and (batch, width, "eager") in seconds
+        )
+
 
 def _cell(entry: dict[str, Any], eager: dict[str, Any]) -> str:
     if entry["outcome"] != "measured":

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import statistics
 import time
 import timeit
 from collections.abc import Callable
@@ -12,9 +13,14 @@ import torch
 import verify
 from losses import DEVICE, Case, Inputs
 from pytest_benchmark.fixture import BenchmarkFixture
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 SECONDS_PER_FIGURE = 0.5
+ACTIVITIES = [ProfilerActivity.CUDA if DEVICE.type == "cuda" else ProfilerActivity.CPU]
+"""What is profiled: kernels, or without a GPU the operators that stand for them."""
+APART = 10
+"""Calls of which the host's and the device's seconds are measured apart."""
 MIN_ROUNDS, MAX_ROUNDS = 10 if DEVICE.type == "cuda" else 3, 200
 
 
@@ -30,10 +36,12 @@ def measure(case: Case, dtype: torch.dtype, benchmark: BenchmarkFixture) -> dict
     loss, scale = losses.COMPETITORS[case.competitor], losses.loss_scale(case.batch, dtype)
     torch.compiler.reset()  # otherwise new sizes count as recompilations, whose number is limited
 
+    def issue(inputs: Inputs) -> dict[str, torch.Tensor]:
+        return losses.step(loss, inputs, case.operation, scale)
+
     def step(inputs: Inputs) -> dict[str, torch.Tensor]:
-        outputs = losses.step(loss, inputs, case.operation, scale)
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
+        outputs = issue(inputs)
+        synchronize()
         return outputs
 
     inputs = losses.make_inputs(*sizes)
@@ -52,6 +60,9 @@ def measure(case: Case, dtype: torch.dtype, benchmark: BenchmarkFixture) -> dict
     benchmark.extra_info |= figures
     if benchmark.stats is None:  # --benchmark-disable
         return {"outcome": "checked, not timed"}
+    figures["host_seconds"] = host_seconds(lambda: issue(next(turns)))
+    figures["device_seconds"] = device_seconds(lambda: issue(next(turns)))
+    benchmark.extra_info |= figures
     return {"outcome": "measured", "seconds": benchmark.stats.stats.median, **figures}
 
 
@@ -69,12 +80,51 @@ def num_sets(inputs: Inputs) -> int:
     return 1 + 2 * cache // sum(x.nbytes for x in inputs)
 
 
+def synchronize() -> None:
+    """Waits for the device."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def host_seconds(call: Callable[[], object]) -> float:
+    """Median seconds until a call has issued its work to an idle device, which is not waited for."""
+
+    def issued() -> float:
+        synchronize()
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    seconds = statistics.median(issued() for _ in range(APART))
+    synchronize()
+    return seconds
+
+
+def device_seconds(call: Callable[[], object]) -> float:
+    """Seconds of a call's kernels, without the gaps between them; their mean over some calls."""
+    with profile(activities=ACTIVITIES) as profiler:
+        for _ in range(APART):
+            call()
+        synchronize()
+    return sum(kernel_seconds(profiler).values()) / APART
+
+
+def kernel_seconds(profiler: profile) -> dict[str, float]:
+    """Seconds of each kernel, or without a GPU of each operator, by name."""
+    seconds: dict[str, float] = {}
+    for event in profiler.key_averages():
+        if event.is_user_annotation or (DEVICE.type == "cuda" and event.device_type != DeviceType.CUDA):
+            continue
+        microseconds = event.self_device_time_total if DEVICE.type == "cuda" else event.self_cpu_time_total
+        seconds[event.key] = seconds.get(event.key, 0.0) + microseconds / 1e6
+    return seconds
+
+
 def timed(work: Callable[[], object]) -> float:
     """Seconds that ``work`` takes, including its work on the device."""
     start = time.perf_counter()
     work()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize()
     return time.perf_counter() - start
 
 
@@ -82,7 +132,7 @@ def peak_extra_bytes(call: Callable[[], Any]) -> int:
     """Peak bytes above those allocated before the call; the returned tensors count."""
     gc.collect()  # otherwise garbage that is freed during the call hides allocations
     if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+        synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()

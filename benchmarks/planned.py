@@ -8,6 +8,7 @@ and a picture. ``--methods`` prints a table of all methods on two models instead
 import argparse
 import json
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from steps import COMPILED, ENGINES, Case, engine_config  # noqa: E402
 
 from dive_fast.evaluation import plots  # noqa: E402
 from dive_fast.methods.run_config import load_run_config  # noqa: E402
-from dive_fast.planner.gpu_specs import GPUS  # noqa: E402
+from dive_fast.planner.gpu_specs import GPUS, gpu_key  # noqa: E402
 from dive_fast.planner.plan import Plan  # noqa: E402
 from dive_fast.planner.simulate import plan_run  # noqa: E402
 
@@ -135,30 +136,48 @@ def _legend() -> list[Any]:
 
 
 def against(results: Path) -> str:
-    """Markdown table of measured peak memory and FLOP relative to their plans, both without batches.
+    """Markdown table of measured peak memory, FLOP and time relative to their plans, without batches.
 
-    Compiled cases are left out, since plans do not model compilation.
+    Compiled cases are left out, since plans do not model compilation. Time has no plan on a device without
+    published rates.
 
     Args:
         results: results file of ``steps.py``.
+
+    Raises:
+        SystemExit: there are no results, or no measured case has a plan.
     """
+    if not results.exists():
+        sys.exit(f"{results}: no such file; run benchmarks/steps.py first")
     measured = json.loads(results.read_text())
-    lines = ["| model, B | step | planned | measured | / planned | FLOP / planned |", "|---" * 6 + "|"]
+    gpu = gpu_key(measured["device"])
+    columns = ("model, B", "step", "planned", "measured", "/ planned", "FLOP / planned", "time / planned")
+    lines, memory, time = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"], [], []
     for entry in measured["cases"]:
         if entry["outcome"] != "measured" or entry["competitor"] not in set(ENGINES) - set(COMPILED):
             continue
         case = Case(*(entry[name] for name in Case._fields))
         plan = plan_run(engine_config(case, measured["precision"], measured["zero"]))
         peak = plan.peak_memory_bytes - plan.parts["batches"]
-        gib, ratio, flop = peak / 2**30, entry["peak_bytes"] / peak, entry["flop"] / plan.flop_per_step
+        gib, flop = peak / 2**30, entry["flop"] / plan.flop_per_step
+        memory.append(entry["peak_bytes"] / peak)
+        if gpu is not None:
+            time.append(entry["seconds"] / plan.step_seconds(GPUS[gpu]))
         name = (
             case.competitor if case.reference_batch is None else f"{case.competitor}, B' = {case.reference_batch}"
         )
         lines.append(
             f"| {case.model}, {case.batch} | `{name}` | {gib:.2f} GiB | {entry['peak_bytes'] / 2**30:.2f} GiB "
-            f"| {ratio:.2f} | {flop:.2f} |"
+            f"| {memory[-1]:.2f} | {flop:.2f} | {f'{time[-1]:.2f}' if time else ''} |"
         )
-    return "\n".join(lines)
+    if not memory:
+        sys.exit(f"{results}: no measured case has a plan")
+    ranges = [
+        f"{what} {min(ratios):.2f} to {max(ratios):.2f}"
+        for what, ratios in (("memory", memory), ("time", time))
+        if ratios
+    ]
+    return "\n".join([*lines, "", f"measured: {', '.join(ranges)}"])
 
 
 def print_methods() -> None:

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from losses import DEVICE
+from measure_losses import ACTIVITIES, kernel_seconds
 from measure_steps import settle
 from micro import write
 from steps import Case, make_batches, running
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from dive_fast import kernels
 
@@ -67,20 +67,16 @@ def measure(case: Case) -> dict[str, Any]:
     with running(case, 0) as competitor:
         settle(competitor, turns)
         competitor.step(next(turns))
-        activities = [ProfilerActivity.CUDA if DEVICE.type == "cuda" else ProfilerActivity.CPU]
-        with profile(activities=activities) as profiler:
+        with profile(activities=ACTIVITIES) as profiler:
             for _ in range(STEPS):
                 competitor.step(next(turns))
             if DEVICE.type == "cuda":
                 torch.cuda.synchronize()
     times: Counter[str] = Counter()
     by_name: Counter[str] = Counter()
-    for event in profiler.key_averages():
-        if event.is_user_annotation or (DEVICE.type == "cuda" and event.device_type != DeviceType.CUDA):
-            continue
-        time = event.self_device_time_total if DEVICE.type == "cuda" else event.self_cpu_time_total
-        times[class_of(event.key, ours)] += time / 1e3 / STEPS
-        by_name[event.key] += time / 1e3 / STEPS
+    for kernel, seconds in kernel_seconds(profiler).items():
+        times[class_of(kernel, ours)] += 1e3 * seconds / STEPS
+        by_name[kernel] += 1e3 * seconds / STEPS
     gc.collect()
     return {"classes": dict(times), "sum": times.total(), "longest": by_name.most_common(10)}
 

@@ -206,3 +206,31 @@ _PANELS = (
     ("seconds", "time_ratio", "step time", _seconds),
     ("peak_bytes", "memory_ratio", "peak memory", _bytes),
 )
+
+
+def step_ratios(file: Path) -> dict[str, dict[str, float]]:
+    """Ratios of this engine's DiVE to FLYP, by model, at the largest batch for which both were measured.
+
+    Args:
+        file: results of ``steps.py``.
+
+    Returns:
+        ``dive_over_flyp_peer_time``: time relative to FLYP as published. ``dive_over_flyp_memory``: memory
+        relative to this engine's FLYP.
+    """
+    if not file.exists():
+        return {}
+    cases = [case for case in json.loads(file.read_text())["cases"] if case["outcome"] == "measured"]
+    by_model: dict[str, dict[str, float]] = {}
+    for case in sorted(cases, key=lambda case: case["batch"]):
+        if case["competitor"] != "dive_fast" or case.get("reference_batch"):
+            continue
+        same = {c["competitor"]: c for c in cases if (c["model"], c["batch"]) == (case["model"], case["batch"])}
+        ratios = {}
+        if "flyp_published" in same:
+            ratios["dive_over_flyp_peer_time"] = case["seconds"] / same["flyp_published"]["seconds"]
+        if "flyp_fast" in same:
+            ratios["dive_over_flyp_memory"] = case["peak_bytes"] / same["flyp_fast"]["peak_bytes"]
+        if ratios:
+            by_model[case["model"]] = {"batch": case["batch"]} | ratios
+    return by_model

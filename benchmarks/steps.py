@@ -24,7 +24,7 @@ from losses import DEVICE
 from peers.dive_published import DivePublished
 from peers.flyp import Flyp, Inputs
 from peers.levers import DiveWithLevers, Levers, Prepared
-from step_report import RESULTS, draw, results_path
+from step_report import RESULTS, draw, results_path, step_ratios
 from torch import Tensor
 
 from dive_fast.config.schema import Config
@@ -311,7 +311,14 @@ def main() -> int:
         return 0
     arguments = ["--minutes", options.minutes, "--zero", options.zero, "--results", options.results]
     code = pytest.main([str(Path(__file__).with_name("test_steps.py")), *map(str, arguments)])
-    print(draw(results_path(options.results)))
+    path = results_path(options.results)
+    print(draw(path))
+    ratios = (
+        f"{model}, B = {row['batch']}: {row['dive_over_flyp_peer_time']:.2f}"
+        for model, row in step_ratios(path).items()
+        if "dive_over_flyp_peer_time" in row
+    )
+    print(f"measured: {', '.join(ratios) or 'DiVE or FLYP as published is missing'}")
     return int(code)
 
 

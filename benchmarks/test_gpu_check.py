@@ -8,7 +8,8 @@ from typing import Any
 
 import gpu_check
 import pytest
-from gpu_check import SANITIZER, Part, parts, run, step_ratios
+from gpu_check import SANITIZER, Part, parts, run
+from step_report import step_ratios
 
 
 def python(code: str) -> tuple[str, ...]:
@@ -29,6 +30,8 @@ def test_run_passes_fails_or_kills_part_with_its_children(tmp_path: Path) -> Non
     path = gpu_check.REPOSITORY / "benchmarks"
     assert run(part, python(f"print('{path}')"), 30)["end"] == "benchmarks\n"
     child = f"import time, pathlib; time.sleep(3); pathlib.Path('{tmp_path}/late').touch()"
+    assert run(part, python("print('== 2 skipped in 0.1s ==')"), 30)["outcome"] == "skipped"
+    assert run(part, python("print('== 1 passed, 2 skipped in 0.1s ==')"), 30)["outcome"] == "passed"
     hung = run(part, python(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"), 1)
     assert hung["outcome"] == "out of time"
     assert hung["seconds"] < 2.5
@@ -94,7 +97,7 @@ def test_parts_of_each_call_fit_in_nine_minutes(tmp_path: Path) -> None:
     assert order == sorted(order)
     for part in parts(tmp_path):
         seconds[part.call] = seconds.get(part.call, 0) + part.seconds
-    assert seconds.keys() == {1, 2, 3, 4}
+    assert seconds.keys() == {1, 2, 3, 4, 5}
     assert max(seconds.values()) <= 540, seconds
 
 
@@ -107,6 +110,18 @@ def test_readme_has_question_and_prediction_of_every_part(tmp_path: Path) -> Non
 def test_run_reports_missing_tool_as_outcome() -> None:
     missing = run(fake_part("memcheck"), ("/nowhere/compute-sanitizer", "pytest"), 30)
     assert missing == {"part": "memcheck", "outcome": "not installed", "command": SANITIZER}
+
+
+def test_skipped_tests_are_the_outcome_of_their_part(tmp_path: Path) -> None:
+    tests = tmp_path / "test_some.py"
+    for code, outcome in (
+        ("pytest.skip('no GPU')", "skipped"),
+        ("pass", "passed"),
+        ("raise ValueError", "failed"),
+    ):
+        tests.write_text(f"import pytest\n\ndef test_it():\n    {code}\n")
+        command = (*gpu_check.PYTEST, str(tests), "-n", "0")
+        assert run(fake_part("some"), command, 60)["outcome"] == outcome
 
 
 def test_main_keeps_outcomes_of_earlier_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,9 @@ from torch import Tensor
 from dive_fast.distributed import Ranks
 from dive_fast.numerics import full_fp32
 
-TILE = 512, 1024
-"""Distinct images and distinct captions of a tile of similarities: 2 MiB in fp32, which stay in a cache."""
+TILE = 1024, 2048
+"""Distinct images and distinct captions of a tile of similarities: 8 MiB in fp32. Each tile has a fixed cost, so
+that smaller ones take longer together."""
 FP64_AT_ONCE = 1 << 16
 """Elements of rows that are multiplied in fp64 at once: 512 KiB."""
 CLOSE_SHARE = 64

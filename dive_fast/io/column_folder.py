@@ -22,7 +22,7 @@ ABOUT = "index.json"
 
 
 def save_columns(folder: Path, columns: Columns, about: Mapping[str, Any], stamp: str) -> None:
-    """Writes columns into a new folder, which replaces a damaged one of its name.
+    """Writes columns into a new folder, which replaces anything damaged of its name.
 
     Args:
         about: JSON values that :func:`load_columns` returns.
@@ -37,6 +37,8 @@ def save_columns(folder: Path, columns: Columns, about: Mapping[str, Any], stamp
         "checksum": _checksum(columns, about),
         "lengths": {name: len(column) for name, column in columns.items()},
     }
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()  # otherwise nothing could ever be kept under this name
     shutil.rmtree(folder, ignore_errors=True)
     with atomic_folder(folder) as partial:
         for name, column in columns.items():

@@ -390,6 +390,7 @@ def _to_beton(files: Sequence[File], index: Index, output: Path) -> tuple[list[F
     sizes = np.stack([index["height"].numpy(), index["width"].numpy()], axis=1)
     source = Source(samples, sizes=sizes, tokens=index.get("tokens"))
     index = index | write_beton(partial, source)
+    # Not while it is written: the table of locations precedes the images, and is known last.
     file = File(BETON, len(source), partial.stat().st_size, file_hash(partial))
     partial.rename(path)
     return [file], index

@@ -26,7 +26,7 @@ from dive_fast import __version__
 from dive_fast.data.content_hashes import NUM_PROBES, map_in_threads
 from dive_fast.data.sources.sample_table import SampleTable, Strings
 from dive_fast.data.sources.source import SkippedEntries, Source
-from dive_fast.data.sources.watched import Watched, is_racy
+from dive_fast.data.sources.watched import Watched, is_racy, state_of
 from dive_fast.errors import ChangedDataError, DataError, MachineError, UserError
 from dive_fast.identity import Identity, digest
 from dive_fast.io.cache_folder import cache_folder, remove_unused
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 """Version of the stored columns and of the rules by which readers choose samples; change it with either."""
 FOLDER = "indexes"
 """Folder of the indexes in the cache."""
@@ -225,7 +225,7 @@ def _open(raw: RawSet) -> tuple[Source, Path | None]:
                 return _unkept(source), index
             source = mapped
         watched = raw.watched(listing, source.samples)
-        if watched is not None and not watched.is_racy(start):
+        if watched is not None and _watch_probes(watched, source.samples, raw.root) and not watched.is_racy(start):
             _save_record(folder / _record_name(prefix), watched, index, stamp, _rules(raw))
         return source, index
 
@@ -287,15 +287,27 @@ def _open_unlisted(raw: RawSet) -> tuple[Source, Path] | None:
         return None
     if not watched.is_unchanged(root) or (source := _load(index, raw, stamp, warn=True)) is None:
         return None
-    table = source.samples
-    probes = np.linspace(0, len(table) - 1, min(NUM_PROBES, len(table))).astype(int).tolist()
-    try:
-        # A change of many files in place should not wait until one of them is read.
-        map_in_threads(table.check_if_readable, probes)
-    except ChangedDataError as error:
-        logger.info("%s", error)
-        return None
     return source, index
+
+
+def _watch_probes(watched: Watched, table: SampleTable, root: str) -> bool:
+    """Adds the files of some samples: a change of many files in place should not wait until one of them is read.
+
+    Returns:
+        False: one of them has changed since it was listed.
+    """
+    probes = np.linspace(0, len(table) - 1, min(NUM_PROBES, len(table))).astype(int).tolist()
+    files = [str(file) for row in probes for file in table.files_of(row)]
+    states = map_in_threads(state_of, files)
+    try:
+        # Afterwards: a state before a change is noticed at the next start.
+        map_in_threads(table.check_unchanged, probes)
+    except (OSError, ChangedDataError) as error:
+        logger.info("%s", error)
+        return False
+    for file, state in zip(files, states, strict=True):
+        watched.add(os.path.relpath(file, root or "."), state)
+    return True
 
 
 def _save_record(record: Path, watched: Watched, index: Path, stamp: str, rules: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Self, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from dive_fast.data.sources.listed_files import ListedFiles
+from dive_fast.data.sources.listed_files import ListedFiles, text_name
 from dive_fast.errors import DataError
 
 Columns = dict[str, NDArray[Any]]
@@ -258,6 +258,17 @@ class SampleTable(Sequence[Sample]):
         """The texts of a sample."""
         return self._texts(self._at(row))
 
+    def image_numbers(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """``(n,)``: numbers of the images of some samples, counted as they first appear among these samples.
+
+        Samples of the same image file have the same number.
+        """
+        places = np.stack([self.file_rows[rows], self.offsets[rows]])
+        _, first, image = np.unique(places, axis=1, return_index=True, return_inverse=True)
+        numbers = np.empty(len(first), np.int64)
+        numbers[np.argsort(first, kind="stable")] = np.arange(len(first))
+        return numbers[image.reshape(-1)]
+
     def check_unchanged(self, row: int, status: os.stat_result | None = None) -> None:
         """Compares the file of a sample with the listing of the set, if that is known; see :class:`ListedFiles`.
 
@@ -267,6 +278,12 @@ class SampleTable(Sequence[Sample]):
         if self.listed is not None:
             at = self._at(row)
             self.listed.check(self._file_row(at), self._path(at), int(self.size[at]), status)
+
+    def files_of(self, row: int) -> list[Path]:
+        """The file of a sample, and its text file if the listing has one."""
+        path = self.path(row)
+        has_text = self.listed is not None and self.listed.text_sizes is not None
+        return [path, path.with_name(text_name(path.name))] if has_text else [path]
 
     def check_if_readable(self, row: int) -> None:
         """Compares the file of a sample as :meth:`check_unchanged`, unless it cannot be examined."""

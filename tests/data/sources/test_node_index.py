@@ -204,6 +204,24 @@ def test_open_raw_rebuilds_a_damaged_index(tars: Path, scans: list[str], file: s
     assert not scans
 
 
+@pytest.mark.parametrize("is_link", [False, True])
+def test_open_raw_replaces_a_file_in_the_place_of_an_index(
+    tars: Path, tmp_path: Path, scans: list[str], is_link: bool
+) -> None:
+    open_webdataset(str(tars), ".cls")
+    (index,) = indexes()
+    index.rename(tmp_path / "aside")
+    if is_link:
+        (tmp_path / "aside/index.json").unlink()
+        index.symlink_to(tmp_path / "aside")
+    else:
+        index.write_text("no folder")
+    for count in (6, 6):
+        open_webdataset(str(tars), ".cls")
+        assert len(scans) == count
+    assert (tmp_path / "aside/size.npy").exists(), "nothing behind a link is removed"
+
+
 def test_open_raw_without_a_cache_folder_warns(
     tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

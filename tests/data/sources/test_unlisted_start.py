@@ -27,12 +27,12 @@ from dive_fast.data.sources.captioned_folder import CaptionedFolder, open_captio
 from dive_fast.data.sources.csv_table import CsvSet, open_csv
 from dive_fast.data.sources.folder import ClassFolders, open_folder
 from dive_fast.data.sources.source import Source
+from dive_fast.data.spread import spread
 from dive_fast.data.transforms import Preprocess
 from dive_fast.data.workers import in_workers
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ChangedDataError, DataError
 from dive_fast.evaluation.datasets.strict_samples import StrictSamples
-from dive_fast.evaluation.geometry.embed import spread
 from dive_fast.training.forgetting_probe import PairMeasure
 
 TICK = 0.02
@@ -281,6 +281,24 @@ def test_change_is_noticed_at_the_start_or_at_reading(
     if images:
         assert images == [sample.path.read_bytes() for sample in truth.samples]
     assert (source.digest(), source.modified()) == (truth.digest(), truth.modified())
+
+
+@pytest.mark.parametrize(("opened", "file"), [(folder, "cat/1.jpg"), (rows, "dog/1.jpg"), (pairs, "cat/1.txt")])
+def test_file_in_place_with_its_size_and_modification_time_is_noticed_at_a_start(
+    root: Path, listings: list[str], monkeypatch: pytest.MonkeyPatch, opened: Callable[[Path], Source], file: str
+) -> None:
+    opened(root)
+    time.sleep(TICK)
+    path = root / "set" / file
+    in_place(path, flipped(path))
+    os.utime(path, (1e9, 1e9))
+    time.sleep(TICK)
+    source = opened(root)
+    assert len(listings) == 2
+    assert content(source) == content(listed_now(opened, root, monkeypatch))
+    listings.clear()
+    opened(root)
+    assert listings == [], "the listing after a change is kept"
 
 
 @pytest.mark.parametrize(("opened", "file"), [(folder, "cat/1.jpg"), (grouped, "cat/1.jpg"), (pairs, "cat/1.txt")])

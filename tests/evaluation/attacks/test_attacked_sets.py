@@ -82,7 +82,7 @@ def encoded(case: Case) -> list[int]:
 
 
 def attack(*eps: float, **more: Any) -> AttackOptions:
-    return AttackOptions(**({"name": "apgd-ce", "eps": eps or (2.0,), "steps": 4} | more))
+    return AttackOptions(**({"name": "apgd-ce", "eps": eps or (2.0,), "steps": 2} | more))
 
 
 def test_rows_are_reused_until_the_attack_changes(
@@ -93,13 +93,13 @@ def test_rows_are_reused_until_the_attack_changes(
         ("mine", "adversarial", 0.5),
         ("mine", "adversarial", 8.0),
     ]
-    assert "pairs: left out: a retrieval set has no labels to attack" in capsys.readouterr().out
+    assert "pairs: left out: it has no labels to attack" in capsys.readouterr().out
     encoded.clear()
     again = case.attack(attack(8.0, 0.5), batch_size=5)
     assert encoded == []
     assert again == rows[::-1]
     assert capsys.readouterr().out.count("(measured before)") == 2
-    changes: list[dict[str, Any]] = [{"steps": 5}, {"seed": 1}, {"samples": 6}, {"norm": "l2"}, {"name": "pgd"}]
+    changes: list[dict[str, Any]] = [{"steps": 1}, {"seed": 1}, {"samples": 6}, {"norm": "l2"}, {"name": "pgd"}]
     for change in changes:
         encoded.clear()
         case.attack(attack(8.0, **change))
@@ -122,7 +122,7 @@ def test_row_has_everything_that_determines_it(case: Case) -> None:
         "attack": "apgd-ce",
         "norm": "linf",
         "eps": 2.0,
-        "steps": 4,
+        "steps": 2,
         "subset": 8,
         "seed": 3,
         "samples": 8,
@@ -150,7 +150,7 @@ def test_rows_under_attack_stay_apart_from_other_rows(case: Case, capsys: pytest
     assert "## Under attack" not in table
     assert as_markdown(attacked).startswith("## Under attack\n")
     values = f"| {100 * attacked[0]['clean']:.1f} | {100 * attacked[0]['value']:.1f} |"
-    assert f"| run | mine | APGD-CE, L-infinity, 4 steps {values}" in complete
+    assert f"| run | mine | APGD-CE, L-infinity, 2 steps {values}" in complete
     assert attacked[0]["clean"] == next(row["value"] for row in before if row["set"] == "mine")
     # Comparisons of runs are of accuracies without an attack.
     measures = [measure.metric for result in read_folder(case.root / "out") for measure in result.measures]
@@ -171,11 +171,11 @@ def test_interrupted_measurement_resumes(case: Case, monkeypatch: pytest.MonkeyP
 
 
 def test_sixteen_bits_and_small_distances_are_warned_of(case: Case, caplog: pytest.LogCaptureFixture) -> None:
-    case.attack(attack(2.0, 0.03))
+    case.attack(attack(2.0, 0.03, samples=4, steps=1))
     assert "rounding hides gradients" not in caplog.text
     assert "eps = 0.03 is 0.03/255, since distances are in 255ths; 7.65/255 is 0.03" in caplog.text
     case.towers.set_precision("bf16")
-    case.attack(attack(2.0), precision="bf16")
+    case.attack(attack(2.0, samples=4, steps=1), precision="bf16")
     assert "the attack computes in bf16: rounding hides gradients" in caplog.text
 
 
@@ -274,7 +274,7 @@ def test_python_api_returns_the_accuracy_under_attack(case: Case, monkeypatch: p
     monkeypatch.setattr(api, "_ranks", lambda: ALONE)
     (row,) = case.attack(attack(0.5))
     sets, options = {"mine": case.sets["mine"]}, {"batch_size": 4, "workers": 0}
-    values = api.evaluate(DEMO, sets, attack={"name": "apgd-ce", "eps": 0.5, "steps": 4}, **options)
+    values = api.evaluate(DEMO, sets, attack={"name": "apgd-ce", "eps": 0.5, "steps": 2}, **options)
     assert values == {"mine": row["value"]}
     with pytest.raises(ConfigError, match="eps = nan: expected a finite number"):
         api.evaluate(DEMO, sets, attack={"name": "apgd-ce"}, **options)

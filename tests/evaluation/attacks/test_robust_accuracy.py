@@ -38,7 +38,8 @@ from dive_fast.model.towers import Towers, create, tokenizer_of
 ALONE = Ranks(0, 1, torch.device("cpu"))
 COUNT, BATCH = 16, 6
 DEMO = ModelConfig(name="demo")
-STEPS = 8
+STEPS, FEW_STEPS = 8, 3
+"""Steps of an attack that falls with the distance, and of one that must only change some predictions."""
 
 
 @pytest.fixture(scope="module")
@@ -120,10 +121,9 @@ def test_unit_images_have_the_logits_of_the_evaluation(root: Path) -> None:
 
 def test_accuracy_falls_with_eps(root: Path) -> None:
     data = opened(root)
-    for norm, distances in (("linf", (0.0, 0.5, 4.0, 16.0)), ("l2", (0.0, 16.0, 128.0, 1024.0))):
+    for norm, distances in (("linf", (0.0, 4.0, 16.0)), ("l2", (0.0, 128.0, 1024.0))):
         values = [attacked(data, options(eps, norm=norm)).robust for eps in distances]
-        assert values == sorted(values, reverse=True)
-        assert values[0] > values[2] > values[3] == 0
+        assert values[0] > values[1] > values[2] == 0
 
 
 @pytest.mark.slow
@@ -171,7 +171,7 @@ def on_each_rank(root: Path, folder: Path, attack: AttackOptions) -> dict[int, i
 
 @pytest.mark.parametrize("samples", [pytest.param(None, marks=pytest.mark.slow), 8])
 def test_outcomes_do_not_depend_on_batches_and_ranks(root: Path, tmp_path: Path, samples: int | None) -> None:
-    attack = options(2.0, samples=samples)
+    attack = options(2.0, samples=samples, steps=FEW_STEPS)
     alone = outcomes_of(root, tmp_path, ALONE, 4, attack)
     assert len(alone) == (samples or COUNT)
     assert {Outcome.FALLEN, Outcome.ROBUST} <= set(alone.values())
@@ -183,7 +183,7 @@ def test_outcomes_do_not_depend_on_batches_and_ranks(root: Path, tmp_path: Path,
 def test_interrupted_set_resumes_after_its_blocks(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data, attack, log = opened(root), options(2.0), BlockLog(tmp_path / "log/a.jsonl")
+    data, attack, log = opened(root), options(2.0, steps=FEW_STEPS), BlockLog(tmp_path / "log/a.jsonl")
     complete = attacked(data, attack)
     batches = interrupt_at(3, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
@@ -212,7 +212,7 @@ def test_broken_images_are_left_out_or_an_error(root: Path) -> None:
     with pytest.raises(DataError, match="on_skipped=report"):
         attacked(opened(root, "broken"), options())
     data = opened(root, "broken", on_skipped="report")
-    result = attacked(data, options(2.0))
+    result = attacked(data, options(2.0, steps=FEW_STEPS))
     assert (result.samples, result.left_out) == (COUNT - 2, 2)
     assert result.clean == plain(data)
 
@@ -223,7 +223,8 @@ def test_head_and_members_classify_as_in_the_evaluation(root: Path) -> None:
     prompts = classifier_for(towers, tokenizer_of(DEMO), data, ALONE)
     count = len(world.COLOURS)
     head = Head(prompts.weight * prompts.scale, torch.zeros(count), tuple(world.COLOURS))
-    by_head, by_prompts = attacked(data, options(2.0), head=head), attacked(data, options(2.0))
+    attack = options(2.0, steps=FEW_STEPS)
+    by_head, by_prompts = attacked(data, attack, head=head), attacked(data, attack)
     assert by_head.clean == plain(data, head)
     assert by_head == by_prompts
     # Each label has its class and, as a second one, a class that is never the largest: nothing changes.
@@ -233,7 +234,7 @@ def test_head_and_members_classify_as_in_the_evaluation(root: Path) -> None:
     assert torch.equal(
         several.logits(prompts.weight).argmax(1), prompts._replace(members=None).logits(prompts.weight).argmax(1)
     )
-    assert attacked(data, options(2.0), classes=several) == by_prompts
+    assert attacked(data, attack, classes=several) == by_prompts
 
 
 def test_gradient_through_members_is_that_of_the_largest() -> None:
@@ -247,7 +248,7 @@ def test_parameters_stay_as_they_were(root: Path) -> None:
     towers = create(DEMO).train()
     towers.logit_scale.requires_grad_(False)
     before = [parameter.requires_grad for parameter in towers.parameters()]
-    attacked(opened(root), options(2.0, samples=4), towers=towers)
+    attacked(opened(root), options(2.0, samples=4, steps=FEW_STEPS), towers=towers)
     assert [parameter.requires_grad for parameter in towers.parameters()] == before
     assert all(parameter.grad is None for parameter in towers.parameters())
     assert towers.training
