@@ -337,13 +337,16 @@ def stream(arguments: dict[str, Any]) -> None:
         return StreamOrder(open_tar_stream(section["path"], window), batch)
 
     next(StreamOrder(open_tar_stream(arguments["tiny"]["path"], window), 1).keys_of_steps(range(1)))
+    gc.collect()
+    before = memory()["rss"]
+    reset_peak()
     clock = Clock()
     keys = order().keys_of_steps(steps)
     next(keys)
     say(part="open, and the first batch", **clock.read())
     for _ in keys:
         pass
-    say(part="open, and all batches of an epoch", **clock.read())
+    say(part="open, and all batches of an epoch", **clock.read(), peak=peak() - before)
     clock = Clock()
     next(order().keys_of_steps(steps[-1:]))
     say(part="resume at the last batch of an epoch", **clock.read())
