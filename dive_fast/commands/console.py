@@ -17,6 +17,7 @@ COMMANDS = {
     "ensemble": "interpolate between pre-trained and tuned weights",
     "tpgm": "project tuned weights towards the pre-trained ones, tensor by tensor",
     "export": "write a model for transformers or as ONNX",
+    "answers": "write the candidate answers of visual questions to a file",
     "prepare": "prepare a data set for fast reading",
     "cache": "write the teacher cache of a config",
     "keys": "list the keys of a config with their types, defaults and meanings",

@@ -9,6 +9,7 @@ See docs/shift.md.
 """
 
 import argparse
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,8 @@ from dive_fast.commands import cli
 
 if TYPE_CHECKING:
     from dive_fast.config.schema import Config, ModelConfig
+
+logger = logging.getLogger(__name__)
 
 RESULTS = Path("runs/shift")
 """Default output folder with --model."""
@@ -87,10 +90,12 @@ def main(arguments: list[str] | None = None) -> int:
             if ranks.is_main:
                 for each in opened:
                     each.source.report_skipped(each.name)
+                for line in shift_sets.remarks_on_overlap(opened[0], opened[1:]):
+                    logger.warning("%s", line)
         fitted, *others = opened
         held_out = None if options.held_out is None else others.pop(0)
         models = measure_shift.measure_all(
-            measure_shift.Models(model, before, after),
+            measure_shift.Models(model, before, after, options.image_encoder, options.text_encoder),
             fitted,
             held_out,
             others,
@@ -103,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
             ranks.leave()
             return 0
         accuracies: set_accuracy.Accuracies = {}
-        digests = {each.label: each.digest for each in models}
+        digests = {each.label: each.digest for each in models if each.label != measure_shift.UNIMODAL}
         locations = {models[0].held_out.name: "held-out"} | {each.name: each.location for each in opened[1:]}
         for path in options.accuracy or []:
             for label, values in set_accuracy.read_accuracies(path, digests, locations).items():
@@ -114,6 +119,8 @@ def main(arguments: list[str] | None = None) -> int:
         keys.setdefault(models[0].held_out.name, fitted.source.samples.key)
         about = {
             "model": model.name,
+            "image_encoder": options.image_encoder,
+            "text_encoder": options.text_encoder,
             "fit": options.fit,
             "held_out": options.held_out,
             "sets": options.sets,
@@ -150,6 +157,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="WEIGHTS",
         help="exported weights of a tuned model, measured too; default: the run's model.safetensors if it exists; "
         "`pretrained`: none",
+    )
+    model.add_argument(
+        "--image-encoder",
+        metavar="NAME",
+        help="image transformer of timm that is measured too: its name, hf-hub:owner/repo, or a folder",
+    )
+    model.add_argument(
+        "--text-encoder",
+        metavar="NAME",
+        help="text model of transformers that is measured too: a hub id, or a folder",
     )
     data = parser.add_argument_group("data")
     data.add_argument("--fit", metavar="SET", required=True, help="the set that the Gaussian is fitted to")

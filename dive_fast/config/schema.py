@@ -37,6 +37,7 @@ Metric = Literal[
     "text_to_image_r1",
     "text_to_image_r5",
     "text_to_image_r10",
+    "soft_accuracy",
 ]
 
 
@@ -104,9 +105,11 @@ class ModelConfig(Section):
 class TargetConfig(Section):
     """The labelled data set to fine-tune on. Paths beginning with `demo:` lie in the embedded demo."""
 
-    format: Literal["folder", "webdataset", "csv", "huggingface", "prepared"]
+    format: Literal["folder", "webdataset", "csv", "vqa", "huggingface", "prepared"]
     """`folder`: one folder a class, as torchvision's ImageFolder. `webdataset`: tars of image + `.cls`. `csv`:
-    tab-separated with columns `title` and `filepath`, as FLYP has it: rows of one file are its prompts.
+    tab-separated with columns `title` and `filepath`, as FLYP has it: rows of one file are its prompts. `vqa`: a
+    JSON file of questions in VQAv2's form; the prompt of each is `question: ... answer: ...` with its most
+    frequent answer (docs/vqa.md).
     `huggingface`: a data set of Hugging Face's `datasets`, written by `save_to_disk`, or parquet or arrow files.
     `prepared`: the output of `dive-fast prepare` for any of them."""
     path: PathText
@@ -121,10 +124,13 @@ class TargetConfig(Section):
     text_column: str | None = None
     """`huggingface` only: a column of texts, one or a list for each image, which are prompts instead of labels."""
     image_root: PathText | None = None
-    """`csv` only: the folder that relative file paths start from; default: the folder of the CSV file."""
+    """`csv` and `vqa` only: the folder that file names start from; default: that of the file at `path`."""
+    annotations: PathText | None = None
+    """`vqa` only: the JSON file of the answers. Default: the file next to the questions with VQAv2's name, or the
+    entries of the questions themselves."""
     class_names: PathText | None = None
     """`imagenet`, or a text file with one class name a line in label order. `folder` defaults to its folders'
-    names, `prepared` to those it was prepared with. Not used with `csv`."""
+    names, `prepared` to those it was prepared with. Not used with `csv` and `vqa`."""
     templates: PathText = "imagenet"
     """`imagenet` (open_clip's 80), `simple` (open_clip's 7), a text file with one template a line, or one
     template; `{}` stands for the class name. One is drawn for each sample and epoch."""
@@ -166,16 +172,17 @@ class TargetConfig(Section):
     @property
     def has_prompts(self) -> bool:
         """Whether the images have prompts instead of classes."""
-        return self.format == "csv" or self.text_column is not None
+        return self.format in ("csv", "vqa") or self.text_column is not None
 
 
 class ReferenceConfig(Section):
     """Image-caption pairs that resemble the pre-training data; they keep the geometry of the embeddings."""
 
-    format: Literal["folder", "webdataset", "csv", "huggingface", "prepared"]
+    format: Literal["folder", "webdataset", "csv", "vqa", "huggingface", "prepared"]
     """`folder`: images at any depth, each with its captions in a file of the same name and suffix `.txt`.
     `webdataset`: tars of image + `.txt`. `csv`: tab-separated with columns `title` and `filepath`; every row is a
-    pair. `huggingface`: as in `data.target`. `prepared`: the output of `dive-fast prepare` for any of them."""
+    pair. `vqa`: as in `data.target`; every question with its answer is a pair.
+    `huggingface`: as in `data.target`. `prepared`: the output of `dive-fast prepare` for any of them."""
     path: PathText
     """Root folder, tar (a brace range, a glob or a folder of tars), CSV file, or the prepared folder."""
     split: str | None = None
@@ -196,7 +203,9 @@ class ReferenceConfig(Section):
     stream_buffer: Positive = 20_000
     """With `order = stream`: each rank shuffles the pairs of its next tars that have at least so many together."""
     image_root: PathText | None = None
-    """`csv` only: the folder that relative file paths start from; default: the folder of the CSV file."""
+    """`csv` and `vqa` only: as in `data.target`."""
+    annotations: PathText | None = None
+    """`vqa` only: as in `data.target`."""
     loader: Loader = "plain"
     """Image decoder. `plain`: PIL, in processes. `dali`: DALI, on the GPU if there is one. `ffcv`:
     threads over FFCV's memory-mapped file, made by `dive-fast prepare --container beton`. Samples, order, crops
@@ -368,7 +377,7 @@ class TrainConfig(Section):
 class EvaluationSet(Section):
     """An image set that the model is measured on: the user's, by `format`, or a known one, by `dataset`."""
 
-    format: Literal["folder", "webdataset", "huggingface", "prepared"] | None = None
+    format: Literal["folder", "webdataset", "vqa", "huggingface", "prepared"] | None = None
     """As in `data.target`, for retrieval as in `data.reference`. Not used with `dataset`, whose layout is
     detected."""
     path: PathText
@@ -384,23 +393,34 @@ class EvaluationSet(Section):
     """`huggingface` only: as in `data.target`."""
     text_column: str | None = None
     """`huggingface` with `task = retrieval` only: as in `data.reference`."""
+    image_root: PathText | None = None
+    """`vqa` only: as in `data.target`."""
+    annotations: PathText | None = None
+    """`vqa` only: as in `data.target`."""
+    answers: PathText | None = None
+    """`task = vqa` only: a text file with a candidate answer on each line, made by `dive-fast answers` from the
+    training questions."""
+    questions: Positive | None = None
+    """`task = vqa` only: the number of questions that are measured, spread evenly over the set; each is combined
+    with all candidates. Default: all."""
     holdout: HeldOut | None = None
     """Measures only the part of the set that `data.target.holdout` leaves out of training; both shares must be
     equal. Samples that cannot be read are in neither part. Not used with `dataset`. Default: the complete set."""
     classes: Literal["all", "base", "new"] = "all"
     """As in `data.target`: the set is measured on these classes alone. A `base` and a `new` part of one set have a
     harmonic mean."""
-    task: Literal["classification", "retrieval"] = "classification"
+    task: Literal["classification", "retrieval", "vqa"] = "classification"
     """`retrieval`: ranks all captions for each image, and all images for each caption; needs captions, where each
-    line of a text is one, or a `dataset` of captions."""
+    line of a text is one, or a `dataset` of captions. `vqa`: ranks all `answers` for each question
+    (docs/vqa.md)."""
     class_names: PathText | None = None
     """As in `data.target`, or `caltech101`, `eurosat`, `flowers` or `pets`. Default with `dataset`: its own."""
     templates: PathText | None = None
     """As in `data.target`, or one of the ten zero-shot sets (docs/evaluation.md), `iwildcam` or `fmow`, for its
     own; the prompts of a class are averaged. Default: `imagenet`, or with `dataset` its own."""
     metric: Metric | None = None
-    """Metric reported for the set. Default: `top1`, for retrieval `image_to_text_r1`, or with `dataset` its
-    own."""
+    """Metric reported for the set. Default: `top1`, for retrieval `image_to_text_r1`, for vqa `soft_accuracy`, or
+    with `dataset` its own."""
     on_skipped: Literal["error", "report"] = "error"
     """Samples that cannot be measured: without an image, label or caption, or with an image that cannot be
     decoded. `error`: the set is refused. `report`: the others are measured, and logs, tables and results count
@@ -593,8 +613,10 @@ class Config(Section):
         for key, section in (("data.target", self.data.target), ("data.reference", reference)):
             if section is None:
                 continue
-            if section.image_root is not None and section.format != "csv":
-                raise ValueError(f"{key}.image_root: only csv data has one; remove it")
+            if section.image_root is not None and section.format not in ("csv", "vqa"):
+                raise ValueError(f"{key}.image_root: only csv and vqa data have one; remove it")
+            if section.annotations is not None and section.format != "vqa":
+                raise ValueError(f"{key}.annotations: only vqa data has them; remove it")
             if section.loader == "ffcv" and section.format != "prepared":
                 raise ValueError(
                     f"{key}.loader = ffcv reads prepared sets alone: make one by dive-fast prepare "
@@ -636,7 +658,7 @@ def _check_sampling(target: TargetConfig) -> None:
     if low > high:
         raise ValueError(f"data.target.crop_scale: {low:g} is more than {high:g}; set the smaller share first")
     if target.balance == "class" and target.has_prompts:
-        origin = "csv" if target.format == "csv" else "text_column"
+        origin = "text_column" if target.text_column is not None else target.format
         raise ValueError(
             f"data.target.balance = class: a set of {origin} has prompts and no classes; set "
             "data.target.balance=none"
@@ -658,7 +680,7 @@ def _check_stream(reference: ReferenceConfig, evaluate: EvaluateConfig) -> None:
 
 def _check_subset(target: TargetConfig, key: str) -> None:
     if target.has_prompts:
-        origin = "csv data" if target.format == "csv" else "data with text_column"
+        origin = "data with text_column" if target.text_column is not None else f"{target.format} data"
         raise ValueError(f"{key}: {origin} has prompts and no classes to choose images of; remove it")
     if target.loader == "ffcv":
         raise ValueError(f"{key}: loader ffcv reads complete sets; use plain or dali, or prepare both parts")
@@ -697,16 +719,44 @@ def _check_evaluation_set(key: str, evaluation: EvaluationSet) -> None:
         raise ValueError(f"{key}.format is missing; or name a known data set as {key}.dataset")
     if known and evaluation.on_skipped != "error":
         raise ValueError(f"{key}.on_skipped: a known dataset is measured completely; remove it")
-    if task == "retrieval" and evaluation.classes != "all":
-        raise ValueError(f"{key}.classes: retrieval has no classes; remove it")
-    if known and task == "retrieval":
+    _check_questions(key, evaluation)
+    if task != "classification" and evaluation.classes != "all":
+        raise ValueError(f"{key}.classes: {task} has no classes; remove it")
+    if known and task != "classification":
         raise ValueError(f"{key}.task: a known dataset has its own; remove it")
     column = "label_column" if task == "retrieval" else "text_column"
     if getattr(evaluation, column) is not None:
         raise ValueError(f"{key}.{column}: {task} does not use it; remove it")
+    if evaluation.holdout is not None and task == "vqa":
+        raise ValueError(f"{key}.holdout: questions have none; remove it")
     if evaluation.format == "webdataset" and task == "classification" and evaluation.class_names is None:
         raise ValueError(f"{key}.class_names: webdataset data needs a text file of names")
-    if metric is not None and not known and ("_to_" in metric) != (task == "retrieval"):
+    if metric is not None and not known and _task_of(metric) != task:
         raise ValueError(f"{key}.metric: {metric} is not a {task} metric")
     if metric == "worst_region" and not known:
         raise ValueError(f"{key}.metric: only a known dataset has regions")
+
+
+def _task_of(metric: Metric) -> str:
+    if metric == "soft_accuracy":
+        return "vqa"
+    return "retrieval" if "_to_" in metric else "classification"
+
+
+def _check_questions(key: str, evaluation: EvaluationSet) -> None:
+    """Validates the keys of questions, which go with ``format = vqa`` and ``task = vqa``."""
+    if (evaluation.format == "vqa") != (evaluation.task == "vqa"):
+        raise ValueError(f"{key}: format = vqa and task = vqa go together; set both or none")
+    if evaluation.task != "vqa":
+        for name in ("image_root", "annotations", "answers", "questions"):
+            if getattr(evaluation, name) is not None:
+                raise ValueError(f"{key}.{name}: only task = vqa has it; remove it")
+        return
+    if evaluation.answers is None:
+        raise ValueError(
+            f"{key}.answers is missing: the file of candidate answers; write it by dive-fast answers, from the "
+            "training questions"
+        )
+    for name in ("class_names", "templates"):
+        if getattr(evaluation, name) is not None:
+            raise ValueError(f"{key}.{name}: vqa has no classes; remove it")

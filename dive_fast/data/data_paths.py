@@ -87,9 +87,10 @@ def check_path(config: Section, section: str) -> None:
     elif isinstance(config, TargetConfig):
         open_dataset.open_target(config, section)
     elif isinstance(config, EvaluationSet):
-        is_captioned = config.task == "retrieval"
+        # Questions are opened as the pairs of their texts: their file is missing.
+        has_texts = config.task != "classification"
         with naming(section):
-            (open_dataset.open_captioned if is_captioned else open_dataset.open_target)(config)
+            (open_dataset.open_captioned if has_texts else open_dataset.open_target)(config)
     else:
         open_dataset.open_reference(config, section)
 
@@ -97,7 +98,7 @@ def check_path(config: Section, section: str) -> None:
 def _has_files(config: Section) -> bool:
     """Whether a section's path exists: folder, table, manifest, or first and last tar of a range."""
     path = locate(config.path)
-    if config.format == "csv":
+    if config.format in ("csv", "vqa"):
         return path.is_file()
     if config.format == "prepared":
         return (path / "manifest.json").is_file()

@@ -16,6 +16,7 @@ from dive_fast.data.sources.huggingface import Columns, open_huggingface
 from dive_fast.data.sources.object_store import is_url, refuse_url, shown
 from dive_fast.data.sources.source import Source
 from dive_fast.data.sources.tar_stream import TarStream, open_tar_stream
+from dive_fast.data.sources.vqa_json import open_vqa
 from dive_fast.data.sources.webdataset import open_webdataset
 from dive_fast.errors import DataError, naming
 
@@ -134,6 +135,13 @@ def _complete_texts(config: Any, text: str, groups_captions: bool, ranks: Ranks 
         return (open_folder if text == ".cls" else open_captioned_folder)(config.path, ranks)
     if config.format == "csv":
         return open_csv(config.path, config.image_root, group=text == ".cls" or groups_captions, ranks=ranks)
+    if config.format == "vqa":
+        arguments = config.path, config.annotations, config.image_root
+
+        def opened() -> Source:
+            return open_vqa(*arguments, "prompt", images=True)
+
+        return opened() if ranks is None else ranks.once_per_node(("vqa", *arguments), opened, DataError)
     if config.format == "huggingface":
         return _huggingface(config, text, ranks)
     if config.format == "webdataset":

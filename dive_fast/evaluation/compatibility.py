@@ -19,7 +19,7 @@ from dive_fast.data.text_tokenizer import Tokenizer
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, UserError
 from dive_fast.evaluation import evaluator
-from dive_fast.evaluation.datasets.evaluation_set import Captioned
+from dive_fast.evaluation.datasets.evaluation_set import Labelled
 from dive_fast.evaluation.datasets.resolve import Opened
 from dive_fast.evaluation.plots import (
     BLUE,
@@ -147,10 +147,10 @@ def measure_update(
         The rows, and the accuracies.
 
     Raises:
-        ConfigError: a set is one of captions, or prompts do not fit a model or were learned with another one.
+        ConfigError: a set has no classes, or prompts do not fit a model or were learned with another one.
     """
-    if captioned := [name for name, data in opened.items() if isinstance(data, Captioned)]:
-        raise ConfigError(f"{captioned[0]}: prompts do not take part in retrieval; leave this set out")
+    if unlabelled := [name for name, data in opened.items() if not isinstance(data, Labelled)]:
+        raise ConfigError(f"{unlabelled[0]}: prompts take no part without classes; leave this set out")
     rows: list[Row] = []
     columns: dict[str, dict[str, float]] = {}
     runs: list[tuple[ModelConfig, list[tuple[str, Path | None]]]] = [

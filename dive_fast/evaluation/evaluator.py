@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from dive_fast.config.schema import EvaluationSet, Loader
+from dive_fast.data.sources.vqa_json import vqa_prompt
 from dive_fast.data.text_tokenizer import Tokenizer
 from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError, UserError
 from dive_fast.evaluation import calibration
 from dive_fast.evaluation.classifier import HeadRows, first_missing_class, select_head_rows
 from dive_fast.evaluation.datasets.catalog import canonical_name, find_dataset
-from dive_fast.evaluation.datasets.evaluation_set import Captioned, Labelled
+from dive_fast.evaluation.datasets.evaluation_set import Asked, Captioned, EvaluatedSet, Labelled
 from dive_fast.evaluation.datasets.resolve import Opened, metric_of, open_sets
 from dive_fast.evaluation.datasets.set_loader import loader_of, remark_on_loaders
 from dive_fast.evaluation.feature_identity import features_identity, prompts_digest
@@ -101,9 +102,9 @@ def measure_all(
         identity = identity_of[name]
         fields = set_fields[name] | {"prompts_digest": identity["classes"].get("prompts", "")}
         metric = str(fields["metric"])
-        needed = (metric,) if isinstance(data, Captioned) else (metric, *calibration.METRICS, "reliability")
+        needed = (metric, *calibration.METRICS, "reliability") if isinstance(data, Labelled) else (metric,)
 
-        def scores(name: str = name, data: Captioned | Labelled = data, metric: str = metric) -> Row:
+        def scores(name: str = name, data: EvaluatedSet = data, metric: str = metric) -> Row:
             measured = measure(
                 towers,
                 tokenizer,
@@ -237,9 +238,7 @@ def identities(
     return identity_of
 
 
-def set_identity(
-    data: Labelled | Captioned, head: HeadRows | None, scale: float, loader: Loader = "plain"
-) -> Identity:
+def set_identity(data: EvaluatedSet, head: HeadRows | None, scale: float, loader: Loader = "plain") -> Identity:
     """The part of the identity that comes from the set: contents, labels, and classes or captions.
 
     Args:
@@ -258,6 +257,9 @@ def set_identity(
     }
     if loader != "plain":  # a key of its own, so that stored results of earlier versions remain valid
         identity["data"]["loader"] = loader
+    if isinstance(data, Asked):
+        prompt = vqa_prompt("{question}", "{answer}")
+        return identity | {"task": "vqa", "classes": {"answers": data.digest()}, "prompt": prompt}
     if isinstance(data, Captioned):
         return identity | {"task": "retrieval", "classes": {}, "captions": digest(data.captions())}
     regions = None
@@ -279,7 +281,7 @@ def set_identity(
 
 
 def describe_set(
-    name: str, config: EvaluationSet, data: Labelled | Captioned, head: Head | None, by_prompts: str = "prompts"
+    name: str, config: EvaluationSet, data: EvaluatedSet, head: Head | None, by_prompts: str = "prompts"
 ) -> dict[str, Any]:
     """The fields of a row that describe the set and its classifier.
 
@@ -298,6 +300,8 @@ def describe_set(
         "path": config.path,
         "layout": data.layout,
     }
+    if isinstance(data, Asked):
+        return fields | {"classifier": "ranked answers", "candidates": len(data.candidates)}
     if isinstance(data, Captioned):
         return fields | {"classifier": "captions", "captions": sum(len(texts) for texts in data.captions())}
     fields |= {} if config.classes == "all" else {"part": config.classes}
@@ -332,6 +336,11 @@ def _summary(row: Row) -> str:
         text += f", ECE {row['ece']:.3f}"
     if row.get("left_out"):
         text += f", {row['left_out']} left out"
+    if "upper_bound" in row:
+        text += (
+            f", {row['candidates']} candidates, which allow {100 * row['upper_bound']:.2f} %: "
+            f"{100 * row['unanswerable']:.2f} % of the questions have no answer among them"
+        )
     if row["classifier"] == "learned prompts":
         text += ", by learned prompts"
     elif row["classifier"] == "head":

@@ -32,8 +32,14 @@ def features_identity(towers: Towers, tokenizer: Tokenizer, device: torch.device
             "pooled_at": towers.pooled_at,
             "tokenizer": _probe_digest(tokenizer),
         }
-        | _prompts(towers),
-        "precision": _precision(towers),
+        | _prompts(towers)
+    } | computed_by(device, towers.autocast)
+
+
+def computed_by(device: torch.device, autocast: torch.dtype | None = None) -> Identity:
+    """The part of an identity of features that is not the model's: precision, kind of device, versions."""
+    return {
+        "precision": _precision(autocast),
         "device": _device(device),
         "versions": _versions(),
     }
@@ -71,10 +77,7 @@ def classifier_identity(
             "tokenizer": _probe_digest(tokenizer),
         },
         "prompts": prompts_digest(class_names, templates),
-        "precision": _precision(towers),
-        "device": _device(device),
-        "versions": _versions(),
-    }
+    } | computed_by(device, towers.autocast)
 
 
 def prompts_digest(class_names: Sequence[str], templates: Sequence[Template]) -> str:
@@ -116,8 +119,8 @@ def _probe_digest(tokenizer: Tokenizer) -> str:
     return digest(tokenizer(list(TOKENIZER_PROBES)).tolist())
 
 
-def _precision(towers: Towers) -> Identity:
-    return {"autocast": "fp32" if towers.autocast is None else str(towers.autocast)} | numerics.state()
+def _precision(autocast: torch.dtype | None) -> Identity:
+    return {"autocast": "fp32" if autocast is None else str(autocast)} | numerics.state()
 
 
 def _device(device: torch.device) -> str:

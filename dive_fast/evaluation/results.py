@@ -10,7 +10,16 @@ from typing import Any, NamedTuple
 
 from dive_fast.errors import DataError
 from dive_fast.evaluation import calibration
-from dive_fast.evaluation.tables import METRICS, RECALLS, REQUIRED, Row, as_csv, as_markdown, is_adversarial
+from dive_fast.evaluation.tables import (
+    METRICS,
+    QUESTIONS,
+    RECALLS,
+    REQUIRED,
+    Row,
+    as_csv,
+    as_markdown,
+    is_adversarial,
+)
 from dive_fast.io.atomic_files import write_atomic
 from dive_fast.io.safe_read import parse_json, read_text
 from dive_fast.locks import file_lock
@@ -198,7 +207,9 @@ def _check_row(row: Row) -> None:
     recalls = {f"{direction}_r{k}" for direction, k in RECALLS}
     if recalls & row.keys() and not recalls <= row.keys():
         raise ValueError(f"a retrieval row needs {', '.join(sorted(recalls))}")
-    for name in ("value", row["metric"], "top1", *METRICS, *recalls):
+    if set(QUESTIONS) & row.keys() and not {*QUESTIONS, "candidates"} <= row.keys():
+        raise ValueError(f"a row of questions needs candidates, {', '.join(QUESTIONS)}")
+    for name in ("value", row["metric"], "top1", *METRICS, *recalls, *QUESTIONS):
         if name in row and (type(row[name]) not in (int, float) or not 0 <= row[name] <= 1):
             raise ValueError(f"{name} is {row[name]!r}, not between 0 and 1")
     for name, largest in calibration.METRICS.items():

@@ -1,21 +1,21 @@
 """Image-text retrieval: recall of captions by images, and of images by captions."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from dive_fast.data.loaders.loader import Options, batches_of
+from dive_fast.data.loaders.loader import Options
 from dive_fast.data.prompts import warn_about_truncated_captions
 from dive_fast.data.text_tokenizer import Tokenizer
 from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError
 from dive_fast.evaluation.datasets.evaluation_set import Captioned
-from dive_fast.evaluation.datasets.strict_samples import BROKEN, StrictSamples, progress
+from dive_fast.evaluation.datasets.strict_samples import StrictSamples
+from dive_fast.evaluation.image_features import check_finite, embed_images
 from dive_fast.evaluation.ranking import rank
 from dive_fast.evaluation.scores import recall_at
 from dive_fast.evaluation.text_features import embed_texts
 from dive_fast.model.features import Pairs
-from dive_fast.model.towers import Towers, unit
+from dive_fast.model.towers import Towers
 
 CUT_OFFS = (1, 5, 10)
 
@@ -49,24 +49,10 @@ def recalls(
     if ranks.is_main:
         warn_about_truncated_captions(texts, tokenizer, name or "captions")
     samples = StrictSamples(data.source, towers.preprocess, 0, data.reports_skipped, data.remedy)
-    images = torch.zeros(len(captions), towers.width, device=ranks.device)
-    broken = torch.zeros(len(captions), dtype=torch.int64, device=ranks.device)
-    local_images = ranks.local_range(len(images))
-    row = local_images.start
-    with ranks.raise_on_all(DataError), progress(ranks, len(local_images), name, "image") as bar:
-        for batch in batches_of(samples, [(0, sample) for sample in local_images], batch_size, options):
-            features = unit(towers.encode_image(batch.images.to(ranks.device)))
-            images[row : row + len(features)] = features
-            broken[row : row + len(features)] = (batch.labels == BROKEN).long()
-            row += len(features)
-            bar.update(len(features))
-        _check_finite(images, name)
-    if ranks.group is not None:
-        for rows in (images, broken):
-            dist.all_reduce(rows, group=ranks.group)
+    images, is_broken = embed_images(towers, samples, range(len(captions)), ranks, batch_size, options, name)
     sentences = embed_texts(towers, tokenizer, texts, ranks)
-    _check_finite(sentences, name)
-    kept = torch.nonzero(broken == 0).flatten().tolist()
+    check_finite(sentences, name)
+    kept = torch.nonzero(~is_broken).flatten().tolist()
     if not kept:
         raise DataError(f"{name or 'the set'}: none of its {len(captions)} images can be read")
     images, captions = images[kept], [captions[image] for image in kept]
@@ -79,21 +65,14 @@ def recalls(
     matches = image_of, torch.arange(len(image_of), device=ranks.device)
     of_images, of_captions = rank(images, sentences, text_of, matches, ranks)
     positions = {"image_to_text": of_images, "text_to_image": of_captions}
-    counts = data.num_samples or (1,) * len(broken)
-    left_out = sum(count for count, is_broken in zip(counts, broken.tolist(), strict=True) if is_broken)
+    counts = data.num_samples or (1,) * len(is_broken)
+    left_out = sum(count for count, broken in zip(counts, is_broken.tolist(), strict=True) if broken)
     shares = {
         f"{direction}_r{cut_off}": share
         for direction, rows in positions.items()
         for cut_off, share in zip(CUT_OFFS, recall_at(rows, CUT_OFFS), strict=True)
     }
     return shares, len(kept), left_out
-
-
-def _check_finite(features: Tensor, name: str) -> None:
-    if not bool(features.isfinite().all()):
-        raise DataError(
-            f"{name or 'the set'}: the features are not finite: weights are broken, or activations overflow"
-        )
 
 
 def paired_recalls(pairs: Pairs, captions: Tensor, ranks: Ranks) -> dict[str, float]:

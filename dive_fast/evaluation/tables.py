@@ -14,6 +14,8 @@ REQUIRED = ("label", "set", "title", "role", "metric", "value")
 """Fields of every row; the first columns of the table."""
 RECALLS = [(direction, k) for direction in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
 """Directions and cut-offs of retrieval."""
+QUESTIONS = ("soft_accuracy", "upper_bound", "unanswerable")
+"""Metrics of visual questions."""
 Lines = dict[str, dict[str, Row]]
 """For each model, its newest row for each column: a known data set by its metric, or one of the user's sets."""
 OOD_AVERAGES: dict[str, Sequence[str]] = {"OOD-4 avg.": IMAGENET_OOD_4, "OOD-5 avg.": IMAGENET_OOD}
@@ -46,7 +48,7 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
-    """Tables 2, 3 and 4 of the paper, retrieval, all other sets, calibration, and under attack, as Markdown.
+    """Tables 2 to 4 of the paper, retrieval, visual questions, other sets, calibration, under attack, as Markdown.
 
     A line is one model at one precision; if several share a label, digest and precision are appended to it. An
     average over only part of its sets is marked, e.g. ``(2 of 5)``, and a line below the table names the others.
@@ -65,6 +67,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
             {"ZS avg.": ZERO_SHOT_10},
         ),
         _retrieval(lines),
+        _questions(lines),
         _others(lines, {name for name, _ in (*imagenet, *zero_shot, *wilds)}),
         _calibration(lines),
         *(
@@ -247,6 +250,16 @@ def _retrieval(lines: Lines) -> str:
     return markdown("Retrieval", cells) if len(cells) > 1 else ""
 
 
+def _questions(lines: Lines) -> str:
+    cells = [["Method", "Set", "Soft accuracy", "Allowed by the candidates", "Without a candidate", "Candidates"]]
+    for line, rows in lines.items():
+        for column, row in rows.items():
+            if "soft_accuracy" in row:
+                shares = [_percent(row[name]) for name in QUESTIONS]
+                cells.append([line, _title(column, row) + _left_out(row), *shares, str(row["candidates"])])
+    return markdown("Visual questions", cells) if len(cells) > 1 else ""
+
+
 def _calibration(lines: Lines) -> str:
     batched = f"ECE (batches of {calibration.ECE_BATCH})"
     cells = [["Method", "Set", "Top-1", "Mean confidence", "ECE", batched, "NLL", "Brier"]]
@@ -267,7 +280,7 @@ def _others(lines: Lines, tabled: set[str]) -> str:
         name: _title(name, row)
         for rows in lines.values()
         for name, row in rows.items()
-        if name not in tabled and "image_to_text_r1" not in row
+        if name not in tabled and not {"image_to_text_r1", "soft_accuracy"} & row.keys()
     }
     if not titles:
         return ""

@@ -24,7 +24,7 @@ class KeptTokens:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Has no tokens yet."""
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._tokens: dict[bytes, Tensor] = {}
 
     def __call__(self, texts: list[str]) -> Tensor:
@@ -32,7 +32,7 @@ class KeptTokens:
         key = hashlib.sha256("".join(f"{len(text)}:{text}" for text in texts).encode("utf-8", "surrogatepass"))
         if key.digest() not in self._tokens:
             # int32: ImageNet's 80,000 prompts of 77 tokens are 25 MB.
-            self._tokens[key.digest()] = self._tokenizer(texts).int()
+            self._tokens[key.digest()] = self.tokenizer(texts).int()
         return self._tokens[key.digest()].long()
 
 

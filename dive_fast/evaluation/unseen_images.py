@@ -157,7 +157,7 @@ def _chosen(config: Config, learn_on: str, weights: Path, opened: Opened) -> Uns
         raise ConfigError(f"--learn-on {learn_on}: evaluate.sets has {names}{nearest(learn_on, list(opened))}")
     data = opened[learn_on]
     if not isinstance(data, Labelled):
-        raise ConfigError(f"--learn-on {learn_on}: a retrieval set has no labels; name a labelled set")
+        raise ConfigError(f"--learn-on {learn_on}: it has no labels; name a labelled set")
     if data.members is not None:
         raise ConfigError(f"--learn-on {learn_on}: its labels stand for several classes each; name another set")
     name = f"evaluate.sets.{learn_on}"

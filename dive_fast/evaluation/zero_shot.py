@@ -1,4 +1,4 @@
-"""Measurement of evaluation sets: classification by class prompts or a trained head, and retrieval."""
+"""Measurement of evaluation sets: classification by class prompts or a trained head, retrieval, questions."""
 
 import logging
 from collections.abc import Mapping
@@ -25,11 +25,12 @@ from dive_fast.evaluation.classifier import (
     prompted_classifier,
     select_head_rows,
 )
-from dive_fast.evaluation.datasets.evaluation_set import Captioned, Labelled
+from dive_fast.evaluation.datasets.evaluation_set import Asked, Captioned, EvaluatedSet, Labelled
 from dive_fast.evaluation.datasets.resolve import Opened, metric_of, open_sets
 from dive_fast.evaluation.datasets.set_loader import loader_of, remark_on_loaders
 from dive_fast.evaluation.datasets.strict_samples import BROKEN, StrictSamples, progress
 from dive_fast.evaluation.scores import Predictions, scores
+from dive_fast.evaluation.visual_questions import answer_questions
 from dive_fast.model import head as heads
 from dive_fast.model.towers import Towers, unit
 
@@ -41,14 +42,15 @@ class Measured(NamedTuple):
 
     scores: dict[str, float]
     """Values named as in :func:`dive_fast.evaluation.scores.scores` and
-    :func:`dive_fast.evaluation.calibration.calibration`, or as recalls of retrieval."""
-    classifier: Literal["prompts", "learned prompts", "head", "captions"]
+    :func:`dive_fast.evaluation.calibration.calibration`, as recalls of retrieval, or as in
+    :class:`dive_fast.evaluation.visual_questions.Answered`."""
+    classifier: Literal["prompts", "learned prompts", "head", "captions", "ranked answers"]
     samples: int
     """Number of samples measured."""
     left_out: int = 0
     """Number of samples of the set that could not be read."""
     reliability: Bins | None = None
-    """Bins of the reliability diagram; None for retrieval."""
+    """Bins of the reliability diagram; None without labels."""
 
 
 def classifier_for(
@@ -155,7 +157,7 @@ def accuracy(
 def measure(
     towers: Towers,
     tokenizer: Tokenizer,
-    data: Labelled | Captioned,
+    data: EvaluatedSet,
     ranks: Ranks,
     *,
     batch_size: int,
@@ -177,6 +179,10 @@ def measure(
         ConfigError, DataError: invalid config or data; the message says what to change.
     """
     options = Options(loader_of(loader, data, towers.preprocess).name, workers, ranks.device)
+    if isinstance(data, Asked):
+        answered = answer_questions(towers, tokenizer, data, ranks, batch_size, options, name)
+        left_out = len(data.source.skipped) + answered.left_out
+        return Measured(answered.metrics, "ranked answers", answered.samples, left_out)
     if isinstance(data, Captioned):
         recalls, count, broken = retrieval.recalls(towers, tokenizer, data, ranks, batch_size, options, name)
         return Measured(recalls, "captions", count, len(data.source.skipped) + broken)

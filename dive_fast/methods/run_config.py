@@ -38,7 +38,8 @@ class RunConfig(Config):
             )
         target = self.data.target
         if needs.classes and target.has_prompts:
-            key, value = ("format", "csv") if target.format == "csv" else ("text_column", target.text_column)
+            has_column = target.text_column is not None
+            key, value = ("text_column", target.text_column) if has_column else ("format", target.format)
             raise KeyedError(
                 f"data.target.{key}",
                 f"data.target.{key} = {value} has prompts and no classes, which {method} needs; "

@@ -10,10 +10,11 @@ from torch import Tensor
 from dive_fast.config.schema import EvaluateConfig
 from dive_fast.data.samples import ReferenceSamples
 from dive_fast.data.sources.source import Source
+from dive_fast.data.spread import spread
 from dive_fast.data.text_tokenizer import Tokenizer
 from dive_fast.distributed import Ranks
 from dive_fast.evaluation.datasets.set_loader import loader_of_pairs
-from dive_fast.evaluation.geometry.embed import EmbeddedPairs, embed_readable, spread
+from dive_fast.evaluation.geometry.embed import EmbeddedPairs, embed_readable
 from dive_fast.evaluation.geometry.measures import compare, describe, rsa
 from dive_fast.evaluation.retrieval import paired_recalls
 from dive_fast.identity import Identity, digest

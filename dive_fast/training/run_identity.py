@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 LOCATIONS = (
     *("model.name", "model.pretrained"),
     *("data.*.format", "data.*.path", "data.*.image_root", "data.*.class_names", "data.*.templates"),
-    *("data.*.split", "data.*.image_column", "data.*.label_column", "data.*.text_column"),
+    *("data.*.annotations", "data.*.split", "data.*.image_column", "data.*.label_column", "data.*.text_column"),
     *("objective.backgrounds", "objective.target.backgrounds", "teacher.path", "train.output"),
 )
 """Keys whose contents are compared instead, or which only give a location."""
@@ -56,7 +56,13 @@ NO_RESULT = (
 """Keys that change neither weights nor metrics; never compared."""
 RANKS_MAY_DIFFER = (
     *("model.name", "model.pretrained", "data.*.path", "data.*.image_root", "data.*.class_names"),
-    *("data.*.templates", "objective.backgrounds", "objective.target.backgrounds", *PER_MACHINE),
+    *(
+        "data.*.annotations",
+        "data.*.templates",
+        "objective.backgrounds",
+        "objective.target.backgrounds",
+        *PER_MACHINE,
+    ),
 )
 """Keys that may differ between ranks; the contents behind paths may not."""
 CONTINUES = ("train.epochs", "train.max_steps", "train.export_ema", "evaluate.*")
@@ -95,6 +101,7 @@ NULLS = {
     "data.target.holdout": "no sample is held out",
     "data.target.shots": "all samples of each class",
     "data.*.image_root": "the format has none",
+    "data.*.annotations": "the file next to the questions, or the format has none",
     "data.*.split": "the only split, or the format has none",
     "data.*.*_column": "the default column, or the format has none",
     "data.target.class_names": "the names in the data set",
@@ -120,11 +127,15 @@ NULLS = {
     "evaluate.patience": "no early stopping",
     "evaluate.sets.*.format": "detected, as for every known data set",
     "evaluate.sets.*.dataset": "a set of the user's own",
+    "evaluate.sets.*.image_root": "the folder of the questions, or the format has none",
+    "evaluate.sets.*.annotations": "the file next to the questions, or the format has none",
+    "evaluate.sets.*.answers": "no questions",
+    "evaluate.sets.*.questions": "all questions, or none",
     "evaluate.sets.*.holdout": "all samples are measured",
     "evaluate.sets.*.split": "the only split, or the format has none",
     "evaluate.sets.*.*_column": "the default column, or the format has none",
     "evaluate.sets.*.class_names": "the names in the data set",
-    "evaluate.sets.*.templates": "those of the known data set, or none for retrieval",
+    "evaluate.sets.*.templates": "those of the known data set, or none without classes",
     "evaluate.sets.*.role": "no average",
     "deepspeed.*": "as DeepSpeed defines it",
 }
@@ -189,7 +200,7 @@ def fill_in(config: Config, folder: Path, towers: Towers, ranks: Ranks) -> Confi
 
 def _with_image_root(section: Any) -> Any:
     """A section of captioned or labelled images with its default ``image_root``."""
-    root = section.image_root or (str(Path(section.path).parent) if section.format == "csv" else None)
+    root = section.image_root or (str(Path(section.path).parent) if section.format in ("csv", "vqa") else None)
     return section.model_copy(update={"image_root": root})
 
 

@@ -103,8 +103,8 @@ def test_any_typo_in_any_key_names_the_intended_key(small: Path, typo: tuple[str
         ("evaluate.sets.val=a", 'evaluate.sets.val = "a": input should be an object'),
         (
             "evaluate.sets.str.format=csv",
-            "evaluate.sets.str.format = \"csv\": input should be 'folder', 'webdataset', 'huggingface' or "
-            "'prepared'",
+            "evaluate.sets.str.format = \"csv\": input should be 'folder', 'webdataset', 'vqa', 'huggingface' "
+            "or 'prepared'",
         ),
         ("deepspeed=[]", "deepspeed = []: input should be an object"),
         ("objective.mean_gradient=1", "objective.mean_gradient = 1: input should be a valid boolean"),
@@ -135,8 +135,8 @@ def test_any_typo_in_any_key_names_the_intended_key(small: Path, typo: tuple[str
         ("train.betas=[0.9]", "train.betas.1 is missing"),
         # What does not go together.
         ("data.reference=null", "data.reference: objective.name = dive needs a reference set; name one"),
-        ("data.target.image_root=x", "data.target.image_root: only csv data has one; remove it"),
-        ("data.reference.image_root=x", "data.reference.image_root: only csv data has one; remove it"),
+        ("data.target.image_root=x", "data.target.image_root: only csv and vqa data have one; remove it"),
+        ("data.reference.image_root=x", "data.reference.image_root: only csv and vqa data have one; remove it"),
         (
             "data.target.format=webdataset",
             "data.target.class_names: webdataset data needs imagenet or a text file",

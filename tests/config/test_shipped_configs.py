@@ -44,7 +44,7 @@ ADAPTED = {"vitb16_dive_lora": "vitb16_dive"}
 OTHERS = (
     *("demo", "vitb16_car_ft", "vitb16_lipsum", "vitb16_starft"),
     *("vitb32_grace", "vitb32_pmg_aft", "vitb32_tecoa"),
-    *("vitb16_coop", "vitb16_kgcoop", "vitb16_contcoop"),
+    *("vitb16_coop", "vitb16_kgcoop", "vitb16_contcoop", "vitb16_vqa_dive", "vitb16_vqa_flyp"),
     *(*SELF_DISTILLED, *PROJECTED, *ADAPTED),
 )
 """Configs of methods or data that are not the paper's."""

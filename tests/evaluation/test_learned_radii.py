@@ -245,7 +245,7 @@ def test_split_without_unseen_images_is_refused(
             r"^data\.target\.holdout = 0\.5, but .* was trained with 0\.25: it may",
         ),
         (with_set(tree), "vall", r"evaluate\.sets has val, other; did you mean val\?"),
-        (with_set(tree, pairs=pairs), "pairs", r"^--learn-on pairs: a retrieval set has no labels"),
+        (with_set(tree, pairs=pairs), "pairs", r"^--learn-on pairs: it has no labels"),
         (
             with_set(
                 changed(tree, holdout=None).model_dump(), all={**tree["evaluate"]["sets"]["val"], "holdout": None}

@@ -90,13 +90,18 @@ VALUES: dict[str, tuple[Value, ...]] = {
 }
 """Values, of options that the schema does not enumerate, that take different paths through the code."""
 
-FEWER: dict[str, tuple[Value, ...]] = dict.fromkeys(
-    ("data.target.format", "data.reference.format", "evaluate.geometry.format"),
-    ("folder", "webdataset", "csv", "prepared"),
-)
+FEWER: dict[str, tuple[Value, ...]] = {
+    **dict.fromkeys(
+        ("data.target.format", "data.reference.format", "evaluate.geometry.format"),
+        ("folder", "webdataset", "csv", "prepared"),
+    ),
+    "evaluate.sets.<name>.format": ("folder", "webdataset", "huggingface", "prepared"),
+    "evaluate.sets.<name>.task": ("classification", "retrieval"),
+}
 """Values of options of which the schema enumerates more. A fifth format would add a fourth of all rows, and an
 opened `huggingface` set is like an opened `webdataset`: byte ranges of files. Evaluation sets have it, and
-tests/training/test_inputs.py trains on it."""
+tests/training/test_inputs.py trains on it. Questions are pairs like
+those of `csv`: tests/evaluation/test_visual_questions.py trains on them and measures them."""
 
 CONSTANT = {
     # Locations, whose kinds `format` covers.
@@ -114,6 +119,9 @@ CONSTANT = {
     "evaluate.geometry.image_root",
     *(f"evaluate.sets.<name>.{key}" for key in ("split", "image_column", "label_column", "text_column")),
     *(f"evaluate.geometry.{key}" for key in ("split", "image_column", "text_column")),
+    # Of questions.
+    *("data.target.annotations", "data.reference.annotations"),
+    *(f"evaluate.sets.<name>.{key}" for key in ("image_root", "annotations", "answers", "questions")),
     "model.pretrained",
     # Adapters, in tests/training/test_lora.py with methods, rules, stages and options of the step.
     *(f"model.lora.{key}" for key in ("rank", "alpha", "dropout", "targets", "towers")),

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 NO_FILE_ERRORS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
 """Errors that say that there is no file, not that it cannot be examined now."""
+NO_FILE = "no such file"
+"""Reason for skipping a sample whose image does not exist."""
 THREADS, CHUNK = 16, 4096
 """Number of threads that examine files, and number of files that one of them examines at a time."""
 
@@ -123,11 +125,11 @@ class CsvSet(RawSet):
         table = self._rows.samples
         names = table.files
         self._watch_folders(names)
-        sizes, times = _examine(self.root, names)
+        sizes, times = examine_files(self.root, names)
         if (sizes < 0).all():
             names = self._without_prefix(names)
             self._watch_folders(names)
-            sizes, times = _examine(self.root, names)
+            sizes, times = examine_files(self.root, names)
         details = digest([table.digest(), list(map(list, self._rows.skipped)), self._warnings])
         return Listing(names, sizes, times, details)
 
@@ -153,7 +155,7 @@ class CsvSet(RawSet):
         size = listing.sizes[table.file_rows]
         skipped = list(self._rows.skipped)
         missing = np.flatnonzero(size < 0).tolist()
-        skipped += [Skipped(table.key(row), "no such file") for row in missing]
+        skipped += [Skipped(table.key(row), NO_FILE) for row in missing]
         if missing:
             table = _compact(table, np.flatnonzero(size >= 0))
             size = size[size >= 0]
@@ -205,7 +207,7 @@ def _compact(table: SampleTable, rows: NDArray[np.int64]) -> SampleTable:
     )
 
 
-def _examine(root: str, names: Strings) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def examine_files(root: str, names: Strings) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Size and modification time of each file; -1 and 0 for one that does not exist or is not a regular file."""
 
     def examine(rows: range) -> list[tuple[int, int]]:

@@ -258,6 +258,17 @@ class SampleTable(Sequence[Sample]):
         """The texts of a sample."""
         return self._texts(self._at(row))
 
+    def image_numbers(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """``(n,)``: numbers of the images of some samples, counted as they first appear among these samples.
+
+        Samples of the same image file have the same number.
+        """
+        places = np.stack([self.file_rows[rows], self.offsets[rows]])
+        _, first, image = np.unique(places, axis=1, return_index=True, return_inverse=True)
+        numbers = np.empty(len(first), np.int64)
+        numbers[np.argsort(first, kind="stable")] = np.arange(len(first))
+        return numbers[image.reshape(-1)]
+
     def check_unchanged(self, row: int, status: os.stat_result | None = None) -> None:
         """Compares the file of a sample with the listing of the set, if that is known; see :class:`ListedFiles`.
 

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal, get_args
 
 from dive_fast.errors import ConfigError
-from dive_fast.evaluation.datasets.evaluation_set import Captioned, Labelled
+from dive_fast.evaluation.datasets.evaluation_set import EvaluatedSet, Labelled
 
 if TYPE_CHECKING:
     from dive_fast.attacks.threat import Norm
@@ -82,7 +82,7 @@ def check_installed(name: Attack) -> None:
         )
 
 
-def attackable(opened: Mapping[str, Labelled | Captioned], name: Attack) -> dict[str, Labelled]:
+def attackable(opened: Mapping[str, EvaluatedSet], name: Attack) -> dict[str, Labelled]:
     """The sets that can be attacked: those with labels.
 
     Raises:

@@ -59,7 +59,7 @@ def attack_all(
     """
     labelled = attackable(opened, attack.name)
     for name in opened.keys() - labelled.keys():
-        ranks.print(f"{name}: left out: a retrieval set has no labels to attack")
+        ranks.print(f"{name}: left out: it has no labels to attack")
     if towers.autocast is not None:
         warn_on_main_rank(
             f"the attack computes in {options.precision}: rounding hides gradients, so that a model may look more "

@@ -1,8 +1,12 @@
-"""Opened evaluation sets, labelled or captioned; imports no torch, so that a mistyped name is reported at once."""
+"""Opened evaluation sets of all tasks; imports no torch, so that a mistyped name is reported at once."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dive_fast.data.prompt_files import Template
 from dive_fast.data.sources.source import Source
@@ -60,6 +64,44 @@ class Captioned:
     def captions(self) -> list[tuple[str, ...]]:
         """Captions of each image."""
         return [self.source.samples.texts(row) for row in range(len(self.source))]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Questions about images, and the candidate answers that are ranked for each."""
+
+    source: Source
+    """A sample for each of Q questions, with the question as its text."""
+    candidates: tuple[str, ...]
+    possible: tuple[tuple[int, ...], ...]
+    """Lists of the candidates that are ranked for a question."""
+    possible_of: NDArray[np.int64]
+    """``(Q,)``: the index of each question's list in ``possible``."""
+    ends: NDArray[np.int64]
+    """``(Q,)``: the end of each question's entries in ``answers`` and ``scores``."""
+    answers: NDArray[np.int64]
+    """The possible candidates that people gave as answers, question by question, ascending."""
+    scores: NDArray[np.float64]
+    """Their soft accuracy min(#agreeing / 3, 1)."""
+    layout: str = "vqa"
+    """See :class:`Labelled`."""
+    remarks: tuple[str, ...] = ()
+    """See :class:`Labelled`."""
+    reports_skipped: bool = False
+    """See :class:`Labelled`."""
+    remedy: str = ""
+    """See :class:`Labelled`."""
+
+    def digest(self) -> str:
+        """A hash of candidates and scores."""
+        content = hashlib.sha256(repr((self.candidates, self.possible)).encode())
+        for column in (self.possible_of, self.ends, self.answers, self.scores):
+            content.update(column.tobytes())
+        return content.hexdigest()
+
+
+EvaluatedSet = Labelled | Captioned | Asked
+"""An opened set of any task."""
 
 
 def plain_names(names: Sequence[str]) -> tuple[str, ...]:

@@ -3,24 +3,28 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from dive_fast.config.schema import EvaluateConfig, EvaluationSet, Metric
 from dive_fast.data.class_parts import labels_of, select_classes
 from dive_fast.data.classes import imagenet_rows, join_names, remarks
 from dive_fast.data.open_dataset import open_captioned, open_target
 from dive_fast.data.prompt_files import Template
 from dive_fast.data.sources.source import Source
+from dive_fast.data.sources.vqa_json import ENOUGH, read_answers, read_questions, source_of
+from dive_fast.data.spread import spread
 from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError, UserError, naming
 from dive_fast.evaluation.datasets import layouts
 from dive_fast.evaluation.datasets.catalog import find_dataset, open_known
 from dive_fast.evaluation.datasets.class_names import class_names_of, templates_of
-from dive_fast.evaluation.datasets.evaluation_set import Captioned, Labelled
+from dive_fast.evaluation.datasets.evaluation_set import Asked, EvaluatedSet, Labelled
 
-Opened = dict[str, Labelled | Captioned]
+Opened = dict[str, EvaluatedSet]
 """Opened sets by their name in the config."""
 
 
-def open_evaluation(config: EvaluationSet, place: str = "", ranks: Ranks | None = None) -> Labelled | Captioned:
+def open_evaluation(config: EvaluationSet, place: str = "", ranks: Ranks | None = None) -> EvaluatedSet:
     """Opens an evaluation set: a known data set, or one of the user's own.
 
     Args:
@@ -37,7 +41,7 @@ def open_evaluation(config: EvaluationSet, place: str = "", ranks: Ranks | None 
     if config.classes == "all":
         return opened
     with naming(place):
-        if isinstance(opened, Captioned) or opened.members is not None or opened.regions is not None:
+        if not isinstance(opened, Labelled) or opened.members is not None or opened.regions is not None:
             raise DataError(f"classes = {config.classes}: this set's labels are not classes; remove it")
         source, names = select_classes(opened.source, opened.class_names, config.classes)
     labels = labels_of(config.classes, len(opened.class_names))
@@ -47,7 +51,7 @@ def open_evaluation(config: EvaluationSet, place: str = "", ranks: Ranks | None 
     return replace(opened, source=source, class_names=names, imagenet_rows=imagenet, remarks=remarks)
 
 
-def _open_complete(config: EvaluationSet, place: str, ranks: Ranks | None) -> Labelled | Captioned:
+def _open_complete(config: EvaluationSet, place: str, ranks: Ranks | None) -> EvaluatedSet:
     """Opens a set with all classes; arguments as in :func:`open_evaluation`."""
     if config.dataset is not None:
         with naming(place and f"{place}.dataset"):
@@ -60,17 +64,17 @@ def _open_complete(config: EvaluationSet, place: str, ranks: Ranks | None) -> La
     return _open_own(config, place, ranks)
 
 
-def _open_own(config: EvaluationSet, place: str, ranks: Ranks | None) -> Labelled | Captioned:
+def _open_own(config: EvaluationSet, place: str, ranks: Ranks | None) -> EvaluatedSet:
     """Opens a set of the user's own; arguments as in :func:`open_evaluation`."""
     reports, consent = config.on_skipped == "report", f"{place or 'evaluate.sets.<name>'}.on_skipped=report"
     remedy = f"repair or remove it, or accept results without it by {consent}"
     with naming(place):
+        if config.task == "vqa":
+            asked = _open_questions(config, ranks)
+            _check_skipped(config, asked.source, consent)
+            return replace(asked, reports_skipped=reports, remedy=remedy)
         source = (open_captioned if config.task == "retrieval" else open_target)(config, ranks=ranks)
-        if source.skipped and not reports:
-            raise DataError(
-                f"{config.path}: {layouts.describe_skipped(source.skipped)}; repair or remove them, or accept "
-                f"results without them by {consent}"
-            )
+        _check_skipped(config, source, consent)
         if config.task == "retrieval":
             captioned = layouts.captioned(source, str(config.format))
             lines = (*layouts.remarks_on_files(source), *captioned.remarks)
@@ -97,14 +101,64 @@ def _open_own(config: EvaluationSet, place: str, ranks: Ranks | None) -> Labelle
     )
 
 
+def _check_skipped(config: EvaluationSet, source: Source, consent: str) -> None:
+    """Refuses a set of which samples are left out, unless it accepts this by ``consent``."""
+    if source.skipped and config.on_skipped == "error":
+        raise DataError(
+            f"{config.path}: {layouts.describe_skipped(source.skipped)}; repair or remove them, or accept results "
+            f"without them by {consent}"
+        )
+
+
+def _open_questions(config: EvaluationSet, ranks: Ranks | None) -> Asked:
+    """Opens a set of questions with its candidate answers; arguments as in :func:`open_evaluation`."""
+    assert config.answers is not None
+    where = config.path, config.annotations, config.image_root
+    arguments = *where, config.answers, config.questions
+
+    def read() -> Asked:
+        candidates = read_answers(arguments[3])
+        read = read_questions(*where, images=True)
+        chosen = spread(len(read.usable), config.questions)
+        read = read._replace(usable=[read.usable[row] for row in chosen])
+        row_of = {answer: row for row, answer in enumerate(candidates.answers)}
+        lists: dict[tuple[int, ...], int] = {}
+        possible_of, ends, answers, agreeing = list[int](), list[int](), list[int](), list[int]()
+        for each in read.usable:
+            possible = candidates.possible(each.question)
+            possible_of.append(lists.setdefault(possible, len(lists)))
+            counts = {row_of[answer]: count for answer, count in each.counts.items() if answer in row_of}
+            for row in sorted(counts.keys() & set(possible)):
+                answers.append(row)
+                agreeing.append(counts[row])
+            ends.append(len(answers))
+        sizes = {each.question: len(candidates.possible(each.question)) for each in read.usable}
+        return Asked(
+            source_of(read, [each.question for each in read.usable]),
+            candidates.answers,
+            tuple(lists),
+            np.array(possible_of),
+            np.array(ends),
+            np.array(answers, np.int64),
+            np.minimum(np.array(agreeing) / ENOUGH, 1),
+            remarks=(
+                f"{len(read.usable):,} questions, {len(sizes):,} of them different, with "
+                f"{sum(sizes.values()) / len(sizes):.0f} of {len(candidates.answers):,} candidates each: "
+                f"{sum(sizes.values()):,} texts are encoded",
+            ),
+        )
+
+    return read() if ranks is None else ranks.once_per_node(("questions", *arguments), read, DataError)
+
+
 def open_set(config: EvaluationSet) -> tuple[Source, tuple[str, ...], tuple[Template, ...]]:
-    """Opens an evaluation set as samples, class names and templates; retrieval sets have only samples.
+    """Opens an evaluation set as samples, class names and templates; sets without labels have only samples.
 
     Raises:
         ConfigError, DataError: as :func:`open_evaluation`.
     """
     data = open_evaluation(config)
-    if isinstance(data, Captioned):
+    if not isinstance(data, Labelled):
         return data.source, (), ()
     return data.source, data.class_names, data.templates
 
@@ -115,7 +169,12 @@ def metric_of(config: EvaluationSet) -> Metric:
         return config.metric
     if config.dataset is not None:
         return find_dataset(config.dataset).metric
-    return "top1" if config.task == "classification" else "image_to_text_r1"
+    defaults: dict[str, Metric] = {
+        "classification": "top1",
+        "retrieval": "image_to_text_r1",
+        "vqa": "soft_accuracy",
+    }
+    return defaults[config.task]
 
 
 def with_defaults(config: EvaluationSet) -> EvaluationSet:

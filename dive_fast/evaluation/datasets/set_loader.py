@@ -8,7 +8,7 @@ from dive_fast.config.schema import Loader
 from dive_fast.data.sources.source import Source
 from dive_fast.data.transforms import Preprocess
 from dive_fast.distributed import Ranks
-from dive_fast.evaluation.datasets.evaluation_set import Captioned, Labelled
+from dive_fast.evaluation.datasets.evaluation_set import EvaluatedSet, Labelled
 
 
 class SetLoader(NamedTuple):
@@ -19,7 +19,7 @@ class SetLoader(NamedTuple):
     """The reason why it is not the requested one; empty if it is."""
 
 
-def loader_of(requested: Loader, data: Labelled | Captioned, preprocess: Preprocess) -> SetLoader:
+def loader_of(requested: Loader, data: EvaluatedSet, preprocess: Preprocess) -> SetLoader:
     """The loader that decodes the images of a set."""
     if requested == "plain":
         return SetLoader("plain")
@@ -36,7 +36,7 @@ def loader_of_pairs(requested: Loader, source: Source, preprocess: Preprocess) -
 
 
 def remark_on_loaders(
-    requested: Loader, opened: Mapping[str, Labelled | Captioned], preprocess: Preprocess, ranks: Ranks
+    requested: Loader, opened: Mapping[str, EvaluatedSet], preprocess: Preprocess, ranks: Ranks
 ) -> None:
     """Prints a line for each reason why ``plain`` decodes sets instead of the requested loader."""
     names: dict[str, list[str]] = {}
@@ -47,7 +47,7 @@ def remark_on_loaders(
         ranks.print(f"{', '.join(sets)}: loader plain instead of {requested}: {reason}")
 
 
-def _obstacle(requested: Loader, data: Labelled | Captioned, preprocess: Preprocess) -> str:
+def _obstacle(requested: Loader, data: EvaluatedSet, preprocess: Preprocess) -> str:
     """The reason why a loader cannot read a set; empty if it can."""
     if reason := _obstacle_of_source(requested, data.source, preprocess):
         return reason

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 from dive_fast.checkpoint.load_weights import exported
 from dive_fast.config.schema import EvaluateConfig, ModelConfig, ReferenceConfig
 from dive_fast.data.open_dataset import open_reference
+from dive_fast.data.spread import spread
 from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError, UserError
 from dive_fast.evaluation.datasets.set_loader import loader_of_pairs
 from dive_fast.evaluation.geometry import figures
-from dive_fast.evaluation.geometry.embed import embed, open_pairs, spread
+from dive_fast.evaluation.geometry.embed import embed, open_pairs
 from dive_fast.evaluation.geometry.measures import GeometryError, compare, describe
 from dive_fast.evaluation.results import LOCK
 from dive_fast.io.atomic_files import write_atomic

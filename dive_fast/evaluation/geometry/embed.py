@@ -12,6 +12,7 @@ from dive_fast.data.loaders.loader import Options, batches_of
 from dive_fast.data.open_dataset import open_reference
 from dive_fast.data.samples import ReferenceSamples, SampleKey
 from dive_fast.data.sources.source import Source
+from dive_fast.data.spread import spread
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, DataError
 from dive_fast.evaluation.datasets.set_loader import loader_of_pairs
@@ -144,12 +145,6 @@ def embed_readable(
                 bar.update(len(requested))
     pairs = Pairs(*(ranks.gather(torch.cat(half)) for half in (images, texts)))
     return EmbeddedPairs(pairs, ranks.gather(torch.cat(samples_read)).tolist())
-
-
-def spread(count: int, limit: int | None) -> list[int]:
-    """At most ``limit`` of the indices 0 to ``count - 1``, evenly spaced; None: all."""
-    number = count if limit is None else min(limit, count)
-    return [index * count // number for index in range(number)]
 
 
 @contextmanager

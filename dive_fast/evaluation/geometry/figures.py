@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dive_fast.data.spread import spread
 from dive_fast.evaluation.geometry import measures
-from dive_fast.evaluation.geometry.embed import spread
 from dive_fast.evaluation.plots import BLUE, GREEN, ORANGE, WIDTH, add_title, new_figure, save_figure, style_axes
 from dive_fast.model.features import Pairs
 

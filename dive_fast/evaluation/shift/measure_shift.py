@@ -12,10 +12,17 @@ from torch import Tensor
 
 from dive_fast.checkpoint.load_weights import exported
 from dive_fast.config.schema import EvaluateConfig, ModelConfig
+from dive_fast.data.spread import spread
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, DataError, UserError
 from dive_fast.evaluation.datasets.set_loader import loader_of_pairs
-from dive_fast.evaluation.geometry.embed import spread
+from dive_fast.evaluation.shift.encoders import (
+    Encoder,
+    ImageEncoder,
+    TextEncoder,
+    TowersEncoder,
+    UnimodalEncoder,
+)
 from dive_fast.evaluation.shift.gaussian import (
     FitOptions,
     Gaussian,
@@ -28,11 +35,10 @@ from dive_fast.evaluation.shift.gaussian import (
 from dive_fast.evaluation.shift.shift_features import FeatureBlock, StoredFeatures, store_features
 from dive_fast.evaluation.shift.shift_sets import OpenedSet
 from dive_fast.model import towers as models
-from dive_fast.model.model_identity import weights_digest
 from dive_fast.model.towers import Towers
 
 CONCEPTS = ("image", "text", "joint")
-PRETRAINED, TUNED = "pre-trained", "tuned"
+PRETRAINED, TUNED, UNIMODAL = "pre-trained", "tuned", "unimodal"
 HELD_OUT = "held-out"
 """Name of the part of the fitted set that the Gaussian is not fitted to."""
 
@@ -71,11 +77,11 @@ class ModelShift:
     """Shift of all sets for one checkpoint."""
 
     label: str
-    """:data:`PRETRAINED` or :data:`TUNED`."""
+    """:data:`PRETRAINED`, :data:`TUNED` or :data:`UNIMODAL`."""
     weights: str
-    """Path of the weights, or the name of the pre-trained model."""
+    """Path of the weights, or the names of pre-trained models."""
     digest: str
-    """Digest of the weights, as in the rows of ``dive-fast evaluate``."""
+    """Digest of the weights; of CLIP as in the rows of ``dive-fast evaluate``."""
     gaussians: Mapping[str, Gaussian]
     """By concept."""
     fitted: SetDistances
@@ -91,6 +97,10 @@ class Models(NamedTuple):
     """None: the pre-trained weights."""
     after: Path | None
     """None: there is no tuned model."""
+    image_encoder: str | None = None
+    """Unimodal encoder of images that is measured too, a name or folder of timm."""
+    text_encoder: str | None = None
+    """Unimodal encoder of texts that is measured too, a name or folder of transformers."""
 
 
 def measure_all(
@@ -103,7 +113,7 @@ def measure_all(
     features: Path,
     options: ShiftOptions,
 ) -> list[ModelShift]:
-    """Measures the pre-trained and then the tuned model; all ranks must call this.
+    """Measures the pre-trained model, the tuned one, and the unimodal encoders; all ranks must call this.
 
     Args:
         held_out: unseen samples of the distribution of ``fitted``; None: a part of it is held out.
@@ -121,53 +131,97 @@ def measure_all(
     for data in every:
         if missing := [name for name in concepts if not _has(data, name)]:
             ranks.print(f"{data.name}: no texts or no images: {', '.join(missing)} not measured")
-    weights = checkpoints.before is None
     with ranks.raise_on_all(UserError):
-        towers = models.create(checkpoints.config, weights=weights)
-        tokenizer = models.tokenizer_of(checkpoints.config)
-        pretrained = {name: tensor.clone() for name, tensor in towers.export(towers.state_dict()).items()}
-        config, before, after = checkpoints
-        states = [(PRETRAINED, before, pretrained if before is None else exported(towers, config, before))]
-        if after is not None:
-            states.append((TUNED, after, exported(towers, config, after)))
+        towers = models.create(checkpoints.config, weights=checkpoints.before is None)
+        encoder = TowersEncoder(towers, models.tokenizer_of(checkpoints.config))
+        unimodal = _unimodal(checkpoints, concepts)
         # Before anything is embedded, which may take hours.
-        _check_size(fitted, held_out, towers.width, concepts, options)
+        _check_size(fitted, held_out, _widths(encoder, concepts, options), options)
+        if unimodal is not None:
+            _check_size(fitted, held_out, _widths(unimodal, concepts, options), options, f"{UNIMODAL} ")
+        states = _states(checkpoints, towers)
     for data in every:
         if data.has_images and (reason := loader_of_pairs(evaluate.loader, data.source, towers.preprocess).reason):
             ranks.print(f"{data.name}: loader plain instead of {evaluate.loader}: {reason}")
     towers = towers.to(ranks.device)
+
+    def measure(label: str, weights: str, encoder: Encoder) -> ModelShift:
+        stored = [
+            store_features(encoder, data, features, ranks, evaluate, options.limit, f"{label}: {data.name}")
+            for data in every
+        ]
+        widths = _widths(encoder, concepts, options)
+        return _measure(label, weights, encoder.digest, stored, held_out is not None, widths, ranks, options)
+
     measured = []
     for label, path, state in states:
         towers.load_exported(state)
-        stored = [
-            store_features(
-                towers, tokenizer, data, features, ranks, evaluate, options.limit, f"{label}: {data.name}"
-            )
-            for data in every
-        ]
         name = str(path or checkpoints.config.pretrained or checkpoints.config.name)
-        measured.append(_measure(label, name, towers, stored, held_out is not None, concepts, ranks, options))
+        measured.append(measure(label, name, encoder))
+    if unimodal is not None:
+        measured.append(measure(UNIMODAL, unimodal.names, unimodal.to(ranks.device)))
     return measured
+
+
+def _states(checkpoints: Models, towers: Towers) -> list[tuple[str, Path | None, dict[str, Tensor]]]:
+    """Label, file and weights of each checkpoint.
+
+    Args:
+        towers: with the pre-trained weights, unless others are measured instead.
+    """
+    config, before, after = checkpoints.config, checkpoints.before, checkpoints.after
+    pretrained = {name: tensor.clone() for name, tensor in towers.export(towers.state_dict()).items()}
+    states = [(PRETRAINED, before, pretrained if before is None else exported(towers, config, before))]
+    return states if after is None else [*states, (TUNED, after, exported(towers, config, after))]
+
+
+def _unimodal(checkpoints: Models, concepts: Sequence[str]) -> UnimodalEncoder | None:
+    """The unimodal encoders; None if there are none.
+
+    Raises:
+        ConfigError: one cannot be loaded, or its half is not measured.
+    """
+    image, text = checkpoints.image_encoder, checkpoints.text_encoder
+    for half, name in (("image", image), ("text", text)):
+        if name is not None and half not in concepts:
+            raise ConfigError(
+                f"--{half}-encoder: the {half}s are not measured: the fitted set has none, or --concepts "
+                "leaves them out"
+            )
+    if image is None and text is None:
+        return None
+    return UnimodalEncoder(
+        None if image is None else ImageEncoder(image), None if text is None else TextEncoder(text)
+    )
 
 
 def _has(data: OpenedSet, concept: str) -> bool:
     return {"image": data.has_images, "text": data.has_texts}.get(concept, data.has_images and data.has_texts)
 
 
-def _width(concept: str, width: int, options: ShiftOptions) -> int:
-    return 2 * width if concept == "joint" and options.joint == "concatenation" else width
+def _widths(encoder: Encoder, concepts: Sequence[str], options: ShiftOptions) -> dict[str, int]:
+    """The width h of each concept that an encoder has."""
+    widths: dict[str, int] = dict(encoder.widths.items())
+    if encoder.is_joint:
+        both = encoder.widths["image"], encoder.widths["text"]
+        widths["joint"] = sum(both) if options.joint == "concatenation" else both[0]
+    return {name: widths[name] for name in concepts if name in widths}
 
 
 def _held_out_mask(data: OpenedSet, options: ShiftOptions) -> NDArray[np.bool_]:
     """``(N,)``: the selected samples of every k-th image, so that no image is both fitted and held out."""
     chosen = np.array(spread(len(data.source), options.limit), np.int64)
     mask = np.zeros(len(data.source), np.bool_)
-    mask[chosen] = data.image_numbers(chosen) % options.held_out_every == options.held_out_every - 1
+    mask[chosen] = data.source.samples.image_numbers(chosen) % options.held_out_every == options.held_out_every - 1
     return mask
 
 
 def _check_size(
-    data: OpenedSet, held_out: OpenedSet | None, width: int, concepts: Sequence[str], options: ShiftOptions
+    data: OpenedSet,
+    held_out: OpenedSet | None,
+    widths: Mapping[str, int],
+    options: ShiftOptions,
+    label: str = "",
 ) -> None:
     count = len(spread(len(data.source), options.limit))
     if held_out is None:
@@ -179,8 +233,8 @@ def _check_size(
             )
         count -= num_held_out
     try:
-        for concept in concepts:
-            check_enough(count, _width(concept, width, options), options.fit, f"{data.name}, {concept}")
+        for concept, width in widths.items():
+            check_enough(count, width, options.fit, f"{data.name}, {label}{concept}")
     except ShiftError as error:
         raise DataError(str(error)) from error
 
@@ -188,10 +242,10 @@ def _check_size(
 def _measure(
     label: str,
     weights: str,
-    towers: Towers,
+    digest: str,
     stored: Sequence[StoredFeatures],
     has_held_out_set: bool,
-    concepts: Sequence[str],
+    widths: Mapping[str, int],
     ranks: Ranks,
     options: ShiftOptions,
 ) -> ModelShift:
@@ -199,7 +253,7 @@ def _measure(
     is_held_out = np.zeros(len(fitted.data.source), np.bool_)
     if not has_held_out_set:
         is_held_out = _held_out_mask(fitted.data, options)
-    widths = {concept: _width(concept, fitted.width, options) for concept in concepts}
+    concepts = list(widths)
 
     def rows_to_fit() -> Iterator[dict[str, Tensor]]:
         for block in fitted.blocks(ranks):
@@ -224,7 +278,7 @@ def _measure(
     else:
         held_out, sets = _part(complete, is_held_out, HELD_OUT), others_measured
         complete = _part(complete, ~is_held_out, complete.name)
-    return ModelShift(label, weights, weights_digest(towers), gaussians, complete, held_out, sets)
+    return ModelShift(label, weights, digest, gaussians, complete, held_out, sets)
 
 
 def embeddings(block: FeatureBlock, concepts: Sequence[str], options: ShiftOptions) -> dict[str, Tensor]:
@@ -233,7 +287,7 @@ def embeddings(block: FeatureBlock, concepts: Sequence[str], options: ShiftOptio
     features = {name: rows for name, rows in halves.items() if rows is not None}
     units = {name: torch.nn.functional.normalize(rows.double(), dim=1) for name, rows in features.items()}
     rows_of = units.copy() if options.normalize else features.copy()
-    if len(units) == 2:
+    if "joint" in concepts and len(units) == 2:
         image, text = units.values()
         rows_of["joint"] = (image + text) / 2 if options.joint == "mean" else torch.cat([image, text], 1)
     return {name: rows_of[name] for name in concepts if name in rows_of}

@@ -18,20 +18,17 @@ from torch import Tensor
 
 from dive_fast.config.schema import EvaluateConfig
 from dive_fast.data.loaders.loader import Options, batches_of
-from dive_fast.data.prompts import pack
-from dive_fast.data.samples import ReferenceSamples, SampleKey
-from dive_fast.data.text_tokenizer import Tokenizer
+from dive_fast.data.samples import SampleKey
+from dive_fast.data.spread import spread
 from dive_fast.distributed import Ranks
 from dive_fast.errors import DataError
 from dive_fast.evaluation.datasets.set_loader import loader_of_pairs
 from dive_fast.evaluation.datasets.strict_samples import BROKEN, StrictSamples
-from dive_fast.evaluation.feature_identity import features_identity
-from dive_fast.evaluation.geometry.embed import in_fp32, spread
+from dive_fast.evaluation.shift.encoders import Encoder
 from dive_fast.evaluation.shift.shift_sets import OpenedSet
 from dive_fast.identity import Identity, digest
 from dive_fast.io.atomic_files import atomic_file, write_atomic
 from dive_fast.locks import file_lock
-from dive_fast.model.towers import Towers
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +60,6 @@ class StoredFeatures:
     num_selected: int
     """Number of samples that were to be embedded."""
     num_blocks: int
-    width: int
-    """D"""
 
     def blocks(self, ranks: Ranks) -> Iterator[FeatureBlock]:
         """This rank's blocks in parts of :data:`ROWS` samples, one file at a time in memory.
@@ -98,8 +93,7 @@ def _read(file: Path) -> FeatureBlock:
 
 
 def store_features(
-    towers: Towers,
-    tokenizer: Tokenizer,
+    encoder: Encoder,
     data: OpenedSet,
     root: Path,
     ranks: Ranks,
@@ -112,7 +106,7 @@ def store_features(
     A sample whose image cannot be decoded is left out, with a warning that names it.
 
     Args:
-        towers: their mode and autocast are restored.
+        encoder: embeds the images and texts that both it and the set have; at least one of them.
         root: a folder that all ranks see.
         options: batch size, loader and workers.
         limit: number of samples, spread evenly over the set; None: all.
@@ -125,12 +119,12 @@ def store_features(
     identity = None
     with ranks.raise_on_all(DataError):
         if ranks.is_main:
-            identity = _identity(towers, tokenizer, data, ranks, limit)
+            identity = _identity(encoder, data, ranks, limit)
     identity = ranks.broadcast(identity)
     folder = root / digest(identity)[:24]
     chosen = spread(len(data.source), limit)
-    with in_fp32(towers):
-        stored = StoredFeatures(folder, data, len(chosen), -(-len(chosen) // BLOCK), towers.width)
+    with encoder.embedding():
+        stored = StoredFeatures(folder, data, len(chosen), -(-len(chosen) // BLOCK))
         with file_lock(root / f".{folder.name}.lock", f"features {folder}", wait=True, ranks=ranks):
             with ranks.raise_on_all(DataError):
                 try:
@@ -142,33 +136,36 @@ def store_features(
                         for number in range(ranks.rank, stored.num_blocks, ranks.world_size)
                         if not _file(folder, number).is_file()
                     ]
-                    _embed_blocks(towers, tokenizer, stored, chosen, missing, ranks, options, name or data.name)
+                    _embed_blocks(encoder, stored, chosen, missing, ranks, options, name or data.name)
                 except OSError as error:
                     raise DataError(f"{folder}: cannot write the features: {error}") from error
             ranks.barrier()
     return stored
 
 
-def _identity(towers: Towers, tokenizer: Tokenizer, data: OpenedSet, ranks: Ranks, limit: int | None) -> Identity:
+def _halves(encoder: Encoder, data: OpenedSet) -> tuple[bool, bool]:
+    """Whether images, and whether texts of a set are embedded."""
+    return data.has_images and "image" in encoder.widths, data.has_texts and "text" in encoder.widths
+
+
+def _identity(encoder: Encoder, data: OpenedSet, ranks: Ranks, limit: int | None) -> Identity:
     """Everything that determines the features of a set; texts alone do not depend on images."""
-    source = data.source
+    source, (has_images, has_texts) = data.source, _halves(encoder, data)
     contents = (
         {"digest": source.digest(), "modified": source.listed_modified()}
-        if data.has_images
+        if has_images
         else {"digest": source.samples.digest()}
     )
     return {
-        "features": features_identity(towers, tokenizer, ranks.device),
-        "set": contents
-        | {"images": data.has_images, "texts": data.has_texts, "border": data.border, "limit": limit},
+        "features": encoder.identity(ranks.device),
+        "set": contents | {"images": has_images, "texts": has_texts, "border": data.border, "limit": limit},
         "block": BLOCK,
     }
 
 
 @torch.no_grad()
 def _embed_blocks(
-    towers: Towers,
-    tokenizer: Tokenizer,
+    encoder: Encoder,
     stored: StoredFeatures,
     chosen: list[int],
     missing: list[int],
@@ -183,7 +180,7 @@ def _embed_blocks(
         return
     local = range(ranks.rank, stored.num_blocks, ranks.world_size)
     done = sum(len(chosen[number * BLOCK : (number + 1) * BLOCK]) for number in local) - total
-    batches = _batches(towers, tokenizer, stored.data, [row for part in parts for row in part], ranks, options)
+    batches = _batches(encoder, stored.data, [row for part in parts for row in part], ranks, options)
     pending: list[tuple[NDArray[np.int64], NDArray[np.bool_], dict[str, Tensor]]] = []
     numbers, num_pending = iter(zip(missing, parts, strict=True)), 0
     number, part = next(numbers)
@@ -207,40 +204,27 @@ Batch = tuple[NDArray[np.int64], NDArray[np.bool_], dict[str, Tensor]]
 
 
 def _batches(
-    towers: Towers,
-    tokenizer: Tokenizer,
-    data: OpenedSet,
-    rows: list[int],
-    ranks: Ranks,
-    options: EvaluateConfig,
+    encoder: Encoder, data: OpenedSet, rows: list[int], ranks: Ranks, options: EvaluateConfig
 ) -> Iterator[Batch]:
     size, source = options.batch_size, data.source
-    if not data.has_images:
+    has_images, has_texts = _halves(encoder, data)
+
+    def texts(part: list[int]) -> dict[str, Tensor]:
+        return {"text": encoder.texts([source.samples.texts(row)[0] for row in part]).cpu()} if has_texts else {}
+
+    if not has_images:
         for first in range(0, len(rows), size):
             part = rows[first : first + size]
-            text = pack(tokenizer([source.samples.texts(row)[0] for row in part]), towers.pooled_at)
-            text = text.to(ranks.device)
-            features = towers.encode_text(text.tokens, text.length)[text.index]
-            yield np.array(part), np.ones(len(part), np.bool_), {"text": features.cpu()}
+            yield np.array(part), np.ones(len(part), np.bool_), texts(part)
         return
-    loader = loader_of_pairs("plain" if data.border else options.loader, source, towers.preprocess)
+    loader = loader_of_pairs("plain" if data.border else options.loader, source, encoder.preprocess)
     settings = Options(loader.name, options.workers, ranks.device)
     keys: list[SampleKey] = [(0, row) for row in rows]
-    if data.has_texts:
-        samples = ReferenceSamples(source, tokenizer, towers.preprocess, towers.pooled_at, seed=0)
-        for number, batch in enumerate(batches_of(samples, keys, size, settings)):
-            part = rows[number * size : (number + 1) * size]
-            # The loader replaces a broken sample by another one.
-            kept = batch.sample.numpy() == np.array(part)
-            batch = batch.to(ranks.device)
-            image, text_features = towers.encode_pairs(batch.images, batch.text)
-            yield np.array(part), kept, {"image": image.cpu(), "text": text_features.cpu()}
-        return
-    images = StrictSamples(source, towers.preprocess, data.border, reports_skipped=True)
-    for number, labelled in enumerate(batches_of(images, keys, size, settings)):
+    images = StrictSamples(source, encoder.preprocess, data.border, reports_skipped=True)
+    for number, batch in enumerate(batches_of(images, keys, size, settings)):
         part = rows[number * size : (number + 1) * size]
-        features = towers.encode_image(labelled.images.to(ranks.device))
-        yield np.array(part), labelled.labels.numpy() != BROKEN, {"image": features.cpu()}
+        features = {"image": encoder.images(batch.images.to(ranks.device)).cpu()} | texts(part)
+        yield np.array(part), batch.labels.numpy() != BROKEN, features
 
 
 def _split(pending: list[Batch], count: int) -> tuple[list[Batch], list[Batch]]:

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dive_fast.evaluation.plots import (
     BLUE,
     GREY,
+    ORANGE,
     WIDTH,
     Label,
     add_title,
@@ -18,36 +19,42 @@ from dive_fast.evaluation.plots import (
     style_axes,
 )
 from dive_fast.evaluation.shift.correlations import pearson
-from dive_fast.evaluation.shift.measure_shift import ModelShift
+from dive_fast.evaluation.shift.measure_shift import PRETRAINED, TUNED, UNIMODAL, ModelShift
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TITLES = {"image": "images", "text": "texts", "joint": "image and text"}
 BINS = 80
-COLOURS = (GREY, BLUE)
-"""Pre-trained and tuned model."""
+COLOURS = {PRETRAINED: GREY, TUNED: BLUE, UNIMODAL: ORANGE}
 
 
 def draw_distributions(models: Sequence[ModelShift], path: Path) -> None:
     """Draws the density of D / sqrt(r) of each set as a strip, for each concept a panel.
 
-    Both models share an axis: the pre-trained one is above the line of a set, the tuned one below it. Dashed lines
-    are the means of held-out samples.
+    All models share an axis: the pre-trained one is above the line of a set, the tuned one below it, and unimodal
+    encoders are an outline above it. Dashed lines are the means of held-out samples.
     """
     concepts = list(models[0].gaussians)
     names = [part.name for part in (models[0].held_out, *models[0].sets)]
     figure = new_figure(WIDTH, 1.5 + 0.55 * len(names))
     panels = figure.subplots(1, len(concepts), sharey=True, squeeze=False)[0]
     for axis, concept in zip(panels, concepts, strict=True):
-        roots = [np.sqrt(model.gaussians[concept].rank) for model in models]
+        measured = [model for model in models if concept in model.gaussians]
+        roots = [np.sqrt(model.gaussians[concept].rank) for model in measured]
         parts = [
             [part.distance[concept] / root if concept in part.distance else None for part in _parts(model)]
-            for model, root in zip(models, roots, strict=True)
+            for model, root in zip(measured, roots, strict=True)
         ]
         values = np.concatenate([each for of_model in parts for each in of_model if each is not None])
         low, high = (float(np.quantile(values, share)) for share in (0.001, 0.999))
         room = 0.03 * (high - low) + 1e-9
         edges = np.linspace(low - room, high + room, BINS + 1)
-        for side, (of_model, model, colour) in enumerate(zip(parts, models, COLOURS, strict=False)):
-            sign = (1, -1)[side]
+        for of_model, model in zip(parts, measured, strict=True):
+            colour, sign = COLOURS[model.label], -1 if model.label == TUNED else 1
+            look: dict[str, Any] = {"facecolor": colour, "alpha": 0.75, "linewidth": 0}
+            if model.label == UNIMODAL:
+                look = {"facecolor": "none", "edgecolor": colour, "linewidth": 1.2}
             for place, each in enumerate(of_model):
                 if each is None:
                     continue
@@ -60,12 +67,11 @@ def draw_distributions(models: Sequence[ModelShift], path: Path) -> None:
                     level,
                     level + sign * strip,
                     step="mid",
-                    color=colour,
-                    alpha=0.75,
-                    linewidth=0,
                     label=label,
+                    **look,
                 )
-                axis.plot([each.mean()] * 2, [level, level + sign * 0.42], color="black", linewidth=1.3)
+                mean = colour if model.label == UNIMODAL else "black"
+                axis.plot([each.mean()] * 2, [level, level + sign * 0.42], color=mean, linewidth=1.3)
             held_out = of_model[0]
             assert held_out is not None
             axis.axvline(float(held_out.mean()), color=colour, linewidth=1, linestyle="--", zorder=0)
@@ -75,9 +81,7 @@ def draw_distributions(models: Sequence[ModelShift], path: Path) -> None:
         style_axes(axis)
     panels[0].set_yticks(range(len(names)), list(reversed(names)))
     if len(models) > 1:
-        figure.legend(
-            *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9
-        )
+        _add_legend(figure)
     add_title(figure, f"Distance from {models[0].fitted.name}; dashed: mean of held-out samples")
     save_figure(figure, path)
 
@@ -91,7 +95,7 @@ def draw_accuracy(rows: Sequence[Mapping[str, Any]], over_sets: Sequence[Mapping
     known = [row for row in rows if row["accuracy"] is not None and row["role"] != "fitted"]
     concepts = list(dict.fromkeys(row["concept"] for row in known))
     models = list(dict.fromkeys(row["model"] for row in known))
-    colours = dict(zip(models, COLOURS if len(models) > 1 else (BLUE,), strict=True))
+    colours = {model: COLOURS[model] if len(models) > 1 else BLUE for model in models}
     figure = new_figure(WIDTH, 3.9)
     for axis, concept in zip(
         figure.subplots(1, len(concepts), sharey=True, squeeze=False)[0], concepts, strict=True
@@ -124,8 +128,80 @@ def draw_accuracy(rows: Sequence[Mapping[str, Any]], over_sets: Sequence[Mapping
     panels = figure.axes
     panels[0].set_ylabel("accuracy, %")
     if len(models) > 1:
-        figure.legend(
-            *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9
-        )
+        _add_legend(figure)
     add_title(figure, "Accuracy and shift of each set")
     save_figure(figure, path)
+
+
+def has_joint(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether :func:`draw_joint` has anything to draw: sets whose images or texts, and pairs, were measured."""
+    return bool(_joint_panels(rows))
+
+
+def draw_joint(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws the shift of pairs over that of images and of texts, relative to held-out samples.
+
+    A panel for each concept of the model itself, and for each of unimodal encoders; a point for each set, and a
+    dotted line where both shifts are equal.
+    """
+    panels = _joint_panels(rows)
+    across = min(2, len(panels))
+    down = -(-len(panels) // across)
+    figure = new_figure(WIDTH, 3.4 * down + 0.5)
+    axes = list(figure.subplots(down, across, squeeze=False).flat)
+    for axis in axes[len(panels) :]:
+        axis.axis("off")
+    for axis, ((source, concept), by_model) in zip(axes, panels.items(), strict=False):
+        labels: list[Label] = []
+        for model, points in by_model.items():
+            x, y, names = zip(*points, strict=True)
+            axis.plot(x, y, "o", color=COLOURS[model], markersize=6, markeredgecolor="white", label=model)
+            labels = [Label(*each) for each in zip(x, y, names, strict=True)]
+        axis.margins(0.14)
+        low, high = (pick(pick(axis.get_xlim()), pick(axis.get_ylim())) for pick in (min, max))
+        limits = axis.get_xlim(), axis.get_ylim()
+        axis.plot([low, high], [low, high], ":", color="#6b7280", linewidth=1, zorder=0)
+        axis.set_xlim(*limits[0])
+        axis.set_ylim(*limits[1])
+        whose = "unimodal encoder" if source == UNIMODAL else "same model"
+        axis.set_xlabel(f"shift of {TITLES[concept]} / held-out ({whose})")
+        axis.grid(alpha=0.25)
+        style_axes(axis)
+        place_labels(axis, labels, 8)
+    for axis in axes[::across]:
+        axis.set_ylabel("shift of pairs / held-out")
+    if len({model for by_model in panels.values() for model in by_model}) > 1:
+        _add_legend(figure)
+    add_title(figure, "Shift of pairs and of their images and texts")
+    save_figure(figure, path)
+
+
+Points = list[tuple[float, float, str]]
+"""Shift of a concept, shift of pairs, and name of each set."""
+
+
+def _joint_panels(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, Points]]:
+    """The points of each model by the encoder (empty: the model's) and the concept of the horizontal axis."""
+    ratios = {(row["model"], row["concept"], row["set"]): row["ratio"] for row in rows if row["role"] != "fitted"}
+    panels: dict[tuple[str, str], dict[str, Points]] = {}
+    for source in ("", UNIMODAL):
+        for concept in ("image", "text"):
+            by_model: dict[str, Points] = {}
+            for (model, kind, name), ratio in ratios.items():
+                x = ratios.get((source or model, concept, name))
+                if kind == "joint" and x is not None:
+                    by_model.setdefault(model, []).append((x, ratio, name))
+            if by_model:
+                panels[source, concept] = by_model
+    return panels
+
+
+def _add_legend(figure: "Figure") -> None:
+    """Writes the names of models once, below all panels."""
+    handles: dict[str, Any] = {}
+    for axis in figure.axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(
+        handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9
+    )

@@ -4,18 +4,28 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import reduce
+from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dive_fast.errors import DataError
 from dive_fast.evaluation.results import LOCK
 from dive_fast.evaluation.shift import shift_figures
 from dive_fast.evaluation.shift.correlations import GROUPS, Thresholds, pearson, spearman
 from dive_fast.evaluation.shift.gaussian import Gaussian
-from dive_fast.evaluation.shift.measure_shift import CONCEPTS, PRETRAINED, TUNED, ModelShift, SetDistances
+from dive_fast.evaluation.shift.measure_shift import (
+    CONCEPTS,
+    PRETRAINED,
+    TUNED,
+    UNIMODAL,
+    ModelShift,
+    SetDistances,
+)
 from dive_fast.evaluation.shift.set_accuracy import Accuracies
 from dive_fast.io.atomic_files import atomic_file, write_atomic
 from dive_fast.locks import file_lock
@@ -48,7 +58,7 @@ def rows_of(models: Sequence[ModelShift], thresholds: Thresholds, accuracies: Ac
     before = {(row["concept"], row["set"]): row for row in rows if row["model"] == PRETRAINED}
     for row in rows:
         other = before.get((row["concept"], row["set"]))
-        is_tuned = row["model"] != PRETRAINED and other is not None
+        is_tuned = row["model"] == TUNED
         row["difference"] = row["shift_per_root"] - other["shift_per_root"] if is_tuned and other else None
     return rows
 
@@ -84,7 +94,9 @@ def _row(
 
 
 def _check_same_samples(models: Sequence[ModelShift]) -> None:
-    first, *others = ([model.fitted, model.held_out, *model.sets] for model in models)
+    """Compares the samples of the checkpoints of one model; unimodal encoders of texts read no images."""
+    checkpoints = [model for model in models if model.label != UNIMODAL]
+    first, *others = ([model.fitted, model.held_out, *model.sets] for model in checkpoints)
     for other in others:
         for one, two in zip(first, other, strict=True):
             if not np.array_equal(one.sample, two.sample):
@@ -95,49 +107,70 @@ def _check_same_samples(models: Sequence[ModelShift]) -> None:
 
 
 def correlations_of(models: Sequence[ModelShift], rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Correlations over sets, with accuracy; and over the samples of each set."""
+    """Correlations over sets, with accuracy; and over the samples of each set.
+
+    The shift of unimodal encoders is correlated with the accuracy of each other model, and sample by sample with
+    the other models' shift of the same concept and of pairs.
+    """
+    accuracy = {(row["model"], row["set"]): row["accuracy"] for row in rows if row["accuracy"] is not None}
+    labels = [model.label for model in models if model.label != UNIMODAL]
     over_sets = []
     for model in models:
-        for concept in model.gaussians:
-            points = [
-                (row["shift"], row["accuracy"])
-                for row in rows
-                if (row["model"], row["concept"]) == (model.label, concept)
-                and row["role"] != FITTED
-                and row["accuracy"] is not None
-            ]
-            if points:
-                shifts, accuracies = zip(*points, strict=True)
-                values = {"pearson": pearson(shifts, accuracies), "spearman": spearman(shifts, accuracies)}
-                over_sets.append({"model": model.label, "concept": concept, "sets": len(points), **values})
+        for label in labels if model.label == UNIMODAL else [model.label]:
+            for concept in model.gaussians:
+                points = [
+                    (row["shift"], accuracy[label, row["set"]])
+                    for row in rows
+                    if (row["model"], row["concept"]) == (model.label, concept)
+                    and row["role"] != FITTED
+                    and (label, row["set"]) in accuracy
+                ]
+                if points:
+                    shifts, accuracies = zip(*points, strict=True)
+                    values = {"pearson": pearson(shifts, accuracies), "spearman": spearman(shifts, accuracies)}
+                    names = {"model": model.label, "accuracy_of": label, "concept": concept}
+                    over_sets.append(names | {"sets": len(points), **values})
+    parts = [{part.name: part for part in (model.held_out, *model.sets)} for model in models]
     over_samples = []
-    for model in models:
-        for measured in (model.held_out, *model.sets):
-            names = [concept for concept in CONCEPTS if concept in measured.distance]
-            over_samples += [
-                {
-                    "set": measured.name,
-                    "first": f"{model.label} {one}",
-                    "second": f"{model.label} {two}",
-                    "samples": len(measured.sample),
-                    "pearson": pearson(measured.distance[one], measured.distance[two]),
-                }
-                for index, one in enumerate(names)
-                for two in names[index + 1 :]
-            ]
-    if len(models) == 2:
-        for one, two in zip(*((model.held_out, *model.sets) for model in models), strict=True):
-            over_samples += [
-                {
-                    "set": one.name,
-                    "first": f"{PRETRAINED} {concept}",
-                    "second": f"{TUNED} {concept}",
-                    "samples": len(one.sample),
-                    "pearson": pearson(values, two.distance[concept]),
-                }
-                for concept, values in one.distance.items()
-            ]
+    for one, two in combinations_with_replacement(range(len(models)), 2):
+        is_unimodal = UNIMODAL in (models[one].label, models[two].label)
+        for name in parts[one]:
+            first, second = parts[one][name], parts[two][name]
+            for concepts in _pairs(list(first.distance), list(second.distance), one == two, is_unimodal):
+                over_samples.append(
+                    {
+                        "set": name,
+                        "first": f"{models[one].label} {concepts[0]}",
+                        "second": f"{models[two].label} {concepts[1]}",
+                        **_over_samples(first, second, *concepts),
+                    }
+                )
     return {"over_sets": over_sets, "over_samples": over_samples}
+
+
+def _pairs(
+    first: Sequence[str], second: Sequence[str], is_same_model: bool, is_unimodal: bool
+) -> Iterator[tuple[str, str]]:
+    """The concepts of two models that are correlated: different ones of one model, the same ones of two.
+
+    Args:
+        is_unimodal: whether one of the models is unimodal encoders, whose concepts are correlated with pairs too.
+    """
+    order = {name: number for number, name in enumerate(CONCEPTS)}
+    for one in sorted(first, key=order.__getitem__):
+        for two in sorted(second, key=order.__getitem__):
+            if is_same_model:
+                is_pair = order[one] < order[two]
+            else:
+                is_pair = one == two or (is_unimodal and "joint" in (one, two))
+            if is_pair:
+                yield one, two
+
+
+def _over_samples(first: SetDistances, second: SetDistances, one: str, two: str) -> Row:
+    """The correlation over the samples that both models could read."""
+    samples, rows, others = np.intersect1d(first.sample, second.sample, assume_unique=True, return_indices=True)
+    return {"samples": len(samples), "pearson": pearson(first.distance[one][rows], second.distance[two][others])}
 
 
 def as_csv(rows: Sequence[Row]) -> str:
@@ -155,7 +188,8 @@ def as_markdown(rows: Sequence[Row], correlations: Mapping[str, Sequence[Row]], 
     models = list(dict.fromkeys(row["model"] for row in rows))
     for concept in dict.fromkeys(row["concept"] for row in rows):
         of_concept = [row for row in rows if row["concept"] == concept]
-        parts.append(_concept_table(concept, of_concept, models))
+        measured = [label for label in models if any(row["model"] == label for row in of_concept)]
+        parts.append(_concept_table(concept, of_concept, measured))
     bounds = f"same: below {thresholds.near:g} of held-out; near: below {thresholds.far:g}; far: from there on"
     parts.append(
         f"D: mean Mahalanobis distance; D/√r: divided by the root of the rank; of held-out: D / D of held-out\n"
@@ -163,10 +197,13 @@ def as_markdown(rows: Sequence[Row], correlations: Mapping[str, Sequence[Row]], 
     )
     if correlations["over_sets"]:
         cells = [
-            [row["model"], row["concept"], str(row["sets"]), _number(row["pearson"]), _number(row["spearman"])]
+            [
+                *(row["model"], row["concept"], row["accuracy_of"], str(row["sets"])),
+                *(_number(row["pearson"]), _number(row["spearman"])),
+            ]
             for row in correlations["over_sets"]
         ]
-        header = ["model", "concept", "sets", "Pearson", "Spearman"]
+        header = ["shift of", "concept", "accuracy of", "sets", "Pearson", "Spearman"]
         parts.append(f"### Shift and accuracy over sets\n\n{_table(header, cells)}")
     if correlations["over_samples"]:
         parts.append(
@@ -178,19 +215,20 @@ def as_markdown(rows: Sequence[Row], correlations: Mapping[str, Sequence[Row]], 
 def _concept_table(concept: str, rows: Sequence[Row], models: Sequence[str]) -> str:
     by_model = {label: {row["set"]: row for row in rows if row["model"] == label} for label in models}
     header = ["set", "samples"]
-    has_accuracy = any(row["accuracy"] is not None for row in rows)
+    with_accuracy = {row["model"] for row in rows if row["accuracy"] is not None}
     for label in models:
-        header += [f"{label} D", "D/√r", "of held-out", "group", *(["accuracy"] if has_accuracy else [])]
-    header += ["change of D/√r"] if len(models) > 1 else []
+        header += [f"{label} D", "D/√r", "of held-out", "group", *(["accuracy"] if label in with_accuracy else [])]
+    header += ["change of D/√r"] if TUNED in models else []
     cells = []
     for name, row in by_model[models[0]].items():
         names = {FITTED: f"{name} (fitted)", BASE: f"{name} (held out)" if name != "held-out" else name}
-        line = [names.get(row["role"], name), str(row["samples"])]
+        counts = dict.fromkeys(str(by_model[label][name]["samples"]) for label in models)
+        line = [names.get(row["role"], name), " / ".join(counts)]
         for label in models:
-            line += _cells(by_model[label][name], has_accuracy)
-        line += [f"{by_model[models[-1]][name]['difference']:+.3f}"] if len(models) > 1 else []
+            line += _cells(by_model[label][name], label in with_accuracy)
+        line += [f"{by_model[TUNED][name]['difference']:+.3f}"] if TUNED in models else []
         cells.append(line)
-    cells += _means(by_model, models, has_accuracy)
+    cells += _means(by_model, models, with_accuracy)
     fits = [_fit_line(label, next(iter(by_model[label].values()))) for label in models]
     return f"### {HEADINGS[concept]}\n\n{_table(header, cells)}\n" + "".join(f"{line}\n" for line in fits)
 
@@ -207,7 +245,7 @@ def _cells(row: Row, has_accuracy: bool) -> list[str]:
 
 
 def _means(
-    by_model: Mapping[str, Mapping[str, Row]], models: Sequence[str], has_accuracy: bool
+    by_model: Mapping[str, Mapping[str, Row]], models: Sequence[str], with_accuracy: Collection[str]
 ) -> Iterator[list[str]]:
     """Means over the sets of a group, which the first model decides, and over all sets."""
     first = by_model[models[0]]
@@ -223,11 +261,11 @@ def _means(
                 for field in ("shift", "shift_per_root", "ratio")
             ]
             line += [f"{means[0]:.2f}", f"{means[1]:.3f}", f"{means[2]:.3f}", ""]
-            if has_accuracy:
+            if label in with_accuracy:
                 known = [value for name in names if (value := by_model[label][name]["accuracy"]) is not None]
                 line.append(f"{100 * sum(known) / len(known):.1f}" if len(known) == len(names) else "")
-        if len(models) > 1:
-            line.append(f"{sum(by_model[models[-1]][name]['difference'] for name in names) / len(names):+.3f}")
+        if TUNED in models:
+            line.append(f"{sum(by_model[TUNED][name]['difference'] for name in names) / len(names):+.3f}")
         yield line
 
 
@@ -301,6 +339,9 @@ def write(
                 _write_samples(opened, [model.label for model in models], parts, keys[name])
         files.append(folder / "shift_distributions.png")
         shift_figures.draw_distributions(models, files[-1])
+        if shift_figures.has_joint(rows):
+            files.append(folder / "shift_joint.png")
+            shift_figures.draw_joint(rows, files[-1])
         if any(row["accuracy"] is not None for row in rows):
             files.append(folder / "shift_accuracy.png")
             shift_figures.draw_accuracy(rows, correlations["over_sets"], files[-1])
@@ -311,15 +352,24 @@ def _write_samples(
     file: BinaryIO, labels: Sequence[str], parts: Sequence[SetDistances], key_of: Callable[[int], str]
 ) -> None:
     """Writes a line for each sample: its key, and D of each concept and model."""
+    samples = reduce(np.union1d, (part.sample for part in parts))
     columns = {
-        f"{label} {concept}": values
+        f"{label} {concept}": _at(samples, part.sample, values)
         for label, part in zip(labels, parts, strict=True)
         for concept, values in part.distance.items()
     }
     text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["sample", "key", *columns])
-    for row, sample in enumerate(parts[0].sample.tolist()):
-        writer.writerow([sample, key_of(sample), *(f"{values[row]:.6g}" for values in columns.values())])
+    for row, sample in enumerate(samples.tolist()):
+        distances = ("" if math.isnan(values[row]) else f"{values[row]:.6g}" for values in columns.values())
+        writer.writerow([sample, key_of(sample), *distances])
     text.flush()
     text.detach()
+
+
+def _at(samples: NDArray[np.int64], own: NDArray[np.int64], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The values of some of the samples at the rows of all; NaN where there is none."""
+    column = np.full(len(samples), np.nan)
+    column[np.searchsorted(samples, own)] = values
+    return column

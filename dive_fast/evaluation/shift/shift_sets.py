@@ -6,22 +6,21 @@ Imports no torch, so that a mistyped set is reported at once.
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from dive_fast.config.schema import Config, EvaluationSet, ReferenceConfig
 from dive_fast.data.data_paths import check_path, guess_format
 from dive_fast.data.open_dataset import open_reference, open_target
+from dive_fast.data.shared_images import ImageLocations, copies
 from dive_fast.data.sources.source import Source, locate
 from dive_fast.data.sources.vqa_json import VqaText, open_vqa
 from dive_fast.errors import ConfigError, DataError, naming
 from dive_fast.evaluation.datasets.catalog import candidate_folders, find_dataset, open_known
-from dive_fast.evaluation.datasets.evaluation_set import Captioned
+from dive_fast.evaluation.datasets.evaluation_set import Labelled
 
 if TYPE_CHECKING:
     from dive_fast.distributed import Ranks  # imports torch, which takes seconds
@@ -68,18 +67,6 @@ class OpenedSet:
     border: int = 0
     """Pixels at each edge that are not part of an image."""
 
-    def image_numbers(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
-        """``(n,)``: numbers of the images of some samples, counted as they first appear among these samples.
-
-        Samples of the same image file have the same number.
-        """
-        table = self.source.samples
-        places = np.stack([table.file_rows[samples], table.offsets[samples]])
-        _, first, image = np.unique(places, axis=1, return_index=True, return_inverse=True)
-        numbers = np.empty(len(first), np.int64)
-        numbers[np.argsort(first, kind="stable")] = np.arange(len(first))
-        return numbers[image.reshape(-1)]
-
 
 def parse(text: str) -> SetOption:
     """Reads a set of the command line.
@@ -101,7 +88,10 @@ def parse(text: str) -> SetOption:
     if not location or not option.name:
         raise ConfigError(f"{text}: expected [NAME=]SET, where SET is a path or the name of a set")
     if not option.is_vqa and (option.annotations or option.text in get_args(VqaText)):
-        raise ConfigError(f"{text}: questions and answers are those of JSON files (format={VQA})")
+        raise ConfigError(
+            f"{text}: questions and answers are those of JSON files; write format={VQA} too for a section of the "
+            "config"
+        )
     if option.is_vqa and option.text in ("caption", "none"):
         raise ConfigError(f"{text}: the text of a {VQA} set is one of {', '.join(get_args(VqaText))}")
     return option
@@ -162,6 +152,25 @@ def section_of(option: SetOption, config: Config | None, root: str | None) -> An
     return ReferenceConfig.model_validate({"format": data_format, "path": location, "image_root": option.images})
 
 
+def with_section(option: SetOption, config: Config | None) -> SetOption:
+    """A set whose section in the config has questions as the JSON file that it stands for; others unchanged.
+
+    Raises:
+        ConfigError: a field is written that the section has.
+    """
+    sections: dict[str, Any] = {} if config is None else dict(config.evaluate.sets)
+    if config is not None:
+        sections |= {"data.target": config.data.target, "data.reference": config.data.reference}
+    section = sections.get(option.location)
+    if section is None or section.format != VQA:
+        return option
+    if option.format not in (None, VQA) or option.images or option.annotations:
+        raise ConfigError(f"{option.location}: leave images= and annotations= out; the config has them")
+    return replace(
+        option, location=section.path, format=VQA, images=section.image_root, annotations=section.annotations
+    )
+
+
 def _refuse_fields(option: SetOption) -> None:
     if option.format or option.images or option.text:
         raise ConfigError(f"{option.location}: its format is known; leave format=, images= and text= out")
@@ -173,6 +182,7 @@ def check(option: SetOption, config: Config | None, root: str | None) -> None:
     Raises:
         ConfigError, DataError: it does not; as :func:`section_of`.
     """
+    option = with_section(option, config)
     if option.is_vqa:
         for path in filter(None, (option.location, option.annotations)):
             if not locate(path).is_file():
@@ -201,6 +211,7 @@ def open_set(
     Raises:
         ConfigError, DataError: the set does not exist or cannot be read.
     """
+    option = with_section(option, config)
     name, location = option.name, option.location
     if option.is_vqa:
         text: Any = option.text or "question"
@@ -219,13 +230,33 @@ def open_set(
         from dive_fast.evaluation.datasets.resolve import open_evaluation
 
         opened = open_evaluation(section, option.name, ranks)
-        has_texts = isinstance(opened, Captioned)
+        has_texts = not isinstance(opened, Labelled)
         return OpenedSet(
             name,
             location,
             opened.source,
             has_images=needs["image"] or not has_texts,
             has_texts=has_texts and needs["text"],
-            border=0 if isinstance(opened, Captioned) else opened.border,
+            border=opened.border if isinstance(opened, Labelled) else 0,
         )
     return OpenedSet(name, location, open_target(section, name, ranks), has_texts=False)
+
+
+def remarks_on_overlap(fitted: OpenedSet, others: Sequence[OpenedSet]) -> list[str]:
+    """A line for each set that has images of the fitted one; they are nearer than unseen ones.
+
+    Copies are recognized among at most :data:`dive_fast.data.shared_images.MAX_READ` images of equal size, and
+    only where images are measured.
+    """
+    lines, images = [], ImageLocations(fitted.source)
+    for data in others:
+        locations = ImageLocations(data.source)
+        shared, kind = images.num_shared(locations), "images"
+        if not shared and fitted.has_images and data.has_images:
+            shared, kind = len(copies(data.source, fitted.source)), "copies of images"
+        if shared:
+            lines.append(
+                f"{data.name}: {shared:,} of its {len(locations):,} images are {kind} of {fitted.name}, to which "
+                "the Gaussian is fitted: their distances are shorter than those of unseen data"
+            )
+    return lines

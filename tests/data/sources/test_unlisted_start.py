@@ -27,12 +27,12 @@ from dive_fast.data.sources.captioned_folder import CaptionedFolder, open_captio
 from dive_fast.data.sources.csv_table import CsvSet, open_csv
 from dive_fast.data.sources.folder import ClassFolders, open_folder
 from dive_fast.data.sources.source import Source
+from dive_fast.data.spread import spread
 from dive_fast.data.transforms import Preprocess
 from dive_fast.data.workers import in_workers
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ChangedDataError, DataError
 from dive_fast.evaluation.datasets.strict_samples import StrictSamples
-from dive_fast.evaluation.geometry.embed import spread
 from dive_fast.training.forgetting_probe import PairMeasure
 
 TICK = 0.02

@@ -31,7 +31,8 @@ def test_vqav2_questions_and_answers(tmp_path: Path) -> None:
     path = write(tmp_path, {"data_subtype": "val2014", "questions": QUESTIONS})
     write(tmp_path, {"annotations": ANNOTATIONS}, "v2_mscoco_val2014_annotations.json")
     (tmp_path / "val2014").mkdir()
-    (tmp_path / "val2014/COCO_val2014_000000000042.jpg").touch()
+    for image in (42, 7):
+        (tmp_path / f"val2014/COCO_val2014_{image:012d}.jpg").touch()
     source = open_vqa(path, None, None, "question", images=True)
     assert [sample.texts for sample in source.samples] == [("What is this?",), ("Is it red?",), ("How many?",)]
     assert [sample.key for sample in source.samples] == ["42000", "42001", "7001"]
@@ -68,8 +69,30 @@ def test_other_files_are_refused(tmp_path: Path, tree: Any, message: str) -> Non
         open_vqa(write(tmp_path, tree), None, None, "question", images=False)
 
 
+def test_answers_are_joined_by_question_id(tmp_path: Path) -> None:
+    path = write(tmp_path, {"questions": QUESTIONS}, "q_questions.json")
+    with pytest.raises(
+        DataError, match=r"no answer; there is no q_annotations\.json: name the file of the answers"
+    ):
+        open_vqa(path, None, None, "answer", images=False)
+    twice = write(tmp_path, ANNOTATIONS[:2] + ANNOTATIONS[:1], "twice.json")
+    with pytest.raises(DataError, match=r"twice\.json: duplicate question_id 42000"):
+        open_vqa(path, twice, None, "answer", images=False)
+    without = write(tmp_path, [{"answers": ["a"]}], "without.json")
+    with pytest.raises(DataError, match="entry 0: its question_id is missing or of a wrong type"):
+        open_vqa(path, without, None, "answer", images=False)
+    unnamed = write(tmp_path, [{"image_id": 1, "question": "Q?"}], "unnamed.json")
+    with pytest.raises(DataError, match="entry 0 has no question_id, by which its answers are joined"):
+        open_vqa(unnamed, write(tmp_path, ANNOTATIONS, "a.json"), None, "answer", images=False)
+    (tmp_path / "broken.json").write_text('{"questions": [')
+    with pytest.raises(DataError, match="cannot read it"):
+        open_vqa(str(tmp_path / "broken.json"), None, None, "question", images=False)
+
+
 def test_missing_images_are_reported_at_once(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"the image of its first question is not in .* measure texts only"):
+    with pytest.raises(
+        DataError, match=r"the image of its first question is not in .* name the folder of the images"
+    ):
         open_vqa(write(tmp_path, QUESTIONS), None, None, "question", images=True)
     with pytest.raises(DataError, match="no such file"):
         open_vqa(str(tmp_path / "none.json"), None, None, "question", images=False)

@@ -93,7 +93,7 @@ def test_rows_are_reused_until_the_attack_changes(
         ("mine", "adversarial", 0.5),
         ("mine", "adversarial", 8.0),
     ]
-    assert "pairs: left out: a retrieval set has no labels to attack" in capsys.readouterr().out
+    assert "pairs: left out: it has no labels to attack" in capsys.readouterr().out
     encoded.clear()
     again = case.attack(attack(8.0, 0.5), batch_size=5)
     assert encoded == []

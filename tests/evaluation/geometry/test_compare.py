@@ -19,12 +19,13 @@ from torch import Tensor
 
 from dive_fast.config.schema import Config, Loader
 from dive_fast.data.loaders.loader import Options, batches_of
+from dive_fast.data.spread import spread
 from dive_fast.distributed import Ranks
 from dive_fast.errors import ConfigError, DataError
 from dive_fast.evaluation.datasets import set_loader
 from dive_fast.evaluation.geometry import compare, figures, measures
 from dive_fast.evaluation.geometry import embed as embed_module
-from dive_fast.evaluation.geometry.embed import describe_pairs, embed, open_pairs, spread
+from dive_fast.evaluation.geometry.embed import describe_pairs, embed, open_pairs
 from dive_fast.methods.run_config import RunConfig
 from dive_fast.model import towers
 from dive_fast.model.features import Pairs

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from distributed import run_ranks, run_script
 from PIL import Image
+from test_encoders import write_bert, write_vit
 
 from dive_fast.config.schema import EvaluateConfig
 from dive_fast.distributed import Ranks
@@ -31,6 +32,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 ROOT = Path(__file__).parents[3]
 COUNT, SEVERITIES = 60, range(1, 6)
 SHRUNK = ShiftOptions(FitOptions(shrinkage="ledoit-wolf"))
+NEEDS = {"image": True, "text": True}
 EVALUATE = EvaluateConfig(batch_size=16, workers=0)
 
 
@@ -88,9 +90,8 @@ def measured(
     options: ShiftOptions = SHRUNK,
     after: Path | None = None,
 ) -> list[ModelShift]:
-    needs = {"image": True, "text": True}
     parsed = shift_sets.parse_all([str(folder / "severity0"), *sets])
-    fitted, *others = (shift_sets.open_set(each, None, None, needs, ranks) for each in parsed)
+    fitted, *others = (shift_sets.open_set(each, None, None, NEEDS, ranks) for each in parsed)
     checkpoints = Models(config_of(folder).model, None, after)
     return measure_all(checkpoints, fitted, None, others, ranks, EVALUATE, features, options)
 
@@ -234,6 +235,53 @@ def test_command_compares_models_and_accuracy(folder: Path, tmp_path: Path) -> N
             assert picture.size[0] > 1000
 
 
+def test_unimodal_encoders_are_another_model(folder: Path, tmp_path: Path) -> None:
+    write_vit(tmp_path / "vit")
+    (tmp_path / "bert").mkdir()
+    write_bert(tmp_path / "bert")
+    # Its image cannot be decoded: only the text encoder has a feature of this sample.
+    broken = {"b": {"jpg": b"x", "txt": b"a dog"}} | {
+        f"{i:02d}": {"png": corrupted(i, 4), "txt": f"caption {i}".encode()} for i in range(9)
+    }
+    tiny.write_tar(tmp_path / "broken/0.tar", broken)
+    (tmp_path / "accuracy.json").write_text(json.dumps({f"severity{i}": 0.9 - 0.1 * i for i in (1, 3, 5)}))
+    command = [
+        *("launch/shift.py", "--config", str(folder / "config.json"), "--after", str(tuned(folder))),
+        *("--fit", str(folder / "severity0"), "--shrinkage", "ledoit-wolf", "--output", str(tmp_path / "out")),
+        *("--sets", *(f"{folder}/severity{i}" for i in (1, 3, 5)), str(tmp_path / "broken")),
+        *("--accuracy", str(tmp_path / "accuracy.json"), "--text-encoder", str(tmp_path / "bert")),
+    ]
+    done = run_script(*command, "--image-encoder", str(tmp_path / "vit"), cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "LOAD REPORT" not in done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out/shift.jsonl").read_text().splitlines()]
+    of = {(row["model"], row["concept"], row["set"]): row for row in rows}
+    assert of["unimodal", "image", "severity5"]["width"] == 24
+    assert of["unimodal", "text", "severity5"]["width"] == 16
+    assert ("unimodal", "joint", "severity5") not in of
+    ladder = [of["unimodal", "image", f"severity{i}"]["shift"] for i in (1, 3, 5)]
+    assert ladder == sorted(ladder)
+    report = json.loads((tmp_path / "out/shift.json").read_text())
+    names = [(row["model"], row["accuracy_of"], row["concept"]) for row in report["over_sets"]]
+    assert ("unimodal", "tuned", "image") in names
+    pairs = {(row["first"], row["second"]) for row in report["over_samples"]}
+    assert {("pre-trained text", "unimodal text"), ("tuned joint", "unimodal image")} <= pairs
+    assert ("unimodal image", "unimodal text") in pairs
+    assert "| 9 |" in done.stdout
+    features = list((tmp_path / "out/shift_features").glob("*/about.json"))
+    assert len(features) == 3 * 5
+    # Texts alone: the sample without an image has a distance, beside the empty cells of the others.
+    done = run_script(*command, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "| 9 / 10 |" in done.stdout
+    with (tmp_path / "out/shift_samples/broken.csv").open() as file:
+        samples = list(csv.DictReader(file))
+    assert [bool(row["tuned text"]) for row in samples] == [key["key"] != "0.tar/b" for key in samples]
+    assert all(row["unimodal text"] for row in samples)
+    with Image.open(tmp_path / "out/shift_joint.png") as picture:
+        assert picture.size[0] > 1000
+
+
 def test_rows_group_sets_and_correlate_samples(shift: tuple[ModelShift, Path]) -> None:
     model, _ = shift
     rows = rows_of([model], Thresholds(1.0, 1.2), {})
@@ -248,13 +296,24 @@ def test_rows_group_sets_and_correlate_samples(shift: tuple[ModelShift, Path]) -
     assert entry["pearson"] == pytest.approx(np.corrcoef(values["image"], values["text"])[0, 1])
 
 
+def test_overlap_with_the_fitted_set_is_counted(folder: Path, tmp_path: Path) -> None:
+    copied = {f"x{i}": {"png": corrupted(i, 0), "txt": b"a copy"} for i in range(3)}
+    tiny.write_tar(tmp_path / "copied/0.tar", copied | {"new": {"png": corrupted(0, 5), "txt": b"new"}})
+    names = [str(folder / "severity0"), f"again={folder}/severity0/0.tar", f"{folder}/severity2"]
+    parsed = shift_sets.parse_all([*names, str(tmp_path / "copied")])
+    fitted, *others = (shift_sets.open_set(each, None, None, NEEDS, ALONE) for each in parsed)
+    again, copied_line = shift_sets.remarks_on_overlap(fitted, others)
+    assert again.startswith(f"again: {COUNT} of its {COUNT} images are images of severity0, to which")
+    assert copied_line.startswith("copied: 3 of its 4 images are copies of images of severity0")
+
+
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
         (["a/x", "b/x"], "duplicate name x among the sets; name them by NAME=SET"),
         (["x,text=all"], "text is one of caption, none, question, question_answer, answer"),
         (["x,text=none,text=none"], "a field is written twice"),
-        (["x,text=answer"], r"questions and answers are those of JSON files \(format=vqa\)"),
+        (["x,text=answer"], "questions and answers are those of JSON files; write format=vqa too for a section"),
         (["x.json,text=none"], "the text of a vqa set is one of question"),
         (["/"], r"expected \[NAME=\]SET"),
     ],
