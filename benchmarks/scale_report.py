@@ -222,7 +222,12 @@ def _step(now: Run, before: Run | None) -> list[str]:
 
 
 def _stream(now: Run, before: Run | None) -> list[str]:
-    return _steps("stream", "The order of a stream of tars in batches of 512, CPU ms", now, before)
+    lines = _steps("stream", "The order of a stream of tars in batches of 512, CPU ms", now, before)
+    peaks = now.costs("peak", part="stream")
+    if peaks:
+        shown = ", ".join(f"{_megabytes(value)} at {_count(count)}" for count, value in peaks.items())
+        lines += [f"Peak of its memory over an epoch, MB: {shown}.", ""]
+    return lines
 
 
 def _steps(part: str, title: str, now: Run, before: Run | None) -> list[str]:

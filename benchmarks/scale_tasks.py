@@ -19,7 +19,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TextIO
 
 from scale_sets import open_set
 
@@ -74,9 +74,13 @@ class Clock:
         return {"cpu": cpu_seconds() - self._cpu, "wall": time.perf_counter() - self._wall}
 
 
+figures_file: TextIO | None = None
+"""Where figures are printed; None: standard output."""
+
+
 def say(**figures: Any) -> None:
     """Prints one JSON line."""
-    print(json.dumps(figures), flush=True)
+    print(json.dumps(figures), file=figures_file, flush=True)
 
 
 def opener(section: dict[str, Any], ranks: tuple[Any, ...] = ()) -> Callable[[], Any]:
@@ -333,13 +337,16 @@ def stream(arguments: dict[str, Any]) -> None:
         return StreamOrder(open_tar_stream(section["path"], window), batch)
 
     next(StreamOrder(open_tar_stream(arguments["tiny"]["path"], window), 1).keys_of_steps(range(1)))
+    gc.collect()
+    before = memory()["rss"]
+    reset_peak()
     clock = Clock()
     keys = order().keys_of_steps(steps)
     next(keys)
     say(part="open, and the first batch", **clock.read())
     for _ in keys:
         pass
-    say(part="open, and all batches of an epoch", **clock.read())
+    say(part="open, and all batches of an epoch", **clock.read(), peak=peak() - before)
     clock = Clock()
     next(order().keys_of_steps(steps[-1:]))
     say(part="resume at the last batch of an epoch", **clock.read())
@@ -561,6 +568,9 @@ TASKS = {
 
 
 if __name__ == "__main__":
+    # Standard output is for the figures; libraries print there while they are imported.
+    figures_file = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     # A training process has imported it before it opens its data; sources import it only where they need it.
     importlib.import_module("dive_fast.data.loaders.plain")
     TASKS[sys.argv[1]](json.loads(sys.argv[2]))
