@@ -122,7 +122,7 @@ few = sets.of_classes(pictures, [0, 4, 8, 12])
 prompt_runs.PROMPTS = prompt_runs.PROMPTS._replace(epochs=1, target={"batch_size": 8})
 prompt_runs.TUNING = prompt_runs.TUNING._replace(epochs=1, target={"batch_size": 8})
 prompt_runs.REFERENCE = 16
-prompt_runs.PRETRAINING = {OLD: (0, [0]), NEW: (0, [1])}
+prompt_runs.PRETRAINING = {OLD: (0, [0]), NEW: (1, [1])}
 prompt_runs.labelled_sets = lambda: {FINE: dict.fromkeys(("target", *EVALUATED[FINE]), few)}
 plugged = PromptRun(FINE, "contcoop", OLD, NEW, 0.02)
 runs = [replace(plugged, measured=OLD), plugged, replace(plugged, method="contcoop_attention")]
