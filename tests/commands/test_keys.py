@@ -67,7 +67,7 @@ def test_all_keys_and_options_are_listed(capsys: pytest.CaptureFixture[str]) -> 
         ),
         ("lr", ["train.learning_rate"]),
         ("train.lr", ["train.learning_rate"]),
-        ("warm-up", ["train", "train.warmup_steps"]),
+        ("warm-up", ["train", "train.warmup_steps", "train.warmup_rate", "train.cosine_every"]),
         ("objective.weight", ["objective.weight"]),
         ("objective.mean_gradient", ["objective.mean_gradient"] * 2),
         ("snd", ["objective.name=snd"]),

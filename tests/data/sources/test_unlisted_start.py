@@ -343,8 +343,9 @@ def test_unreadable_file_that_did_not_change_is_unusable(root: Path, monkeypatch
     def refuse(*args: Any, **options: Any) -> Any:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("builtins.open", refuse)
-    with pytest.raises(DataError, match="cannot read the image") as error:
+    # Within the block alone: pytest opens files too.
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="cannot read the image") as error:
+        patch.setattr("builtins.open", refuse)
         source.read(0)
     assert not isinstance(error.value, ChangedDataError)
 
