@@ -153,6 +153,9 @@ def main(arguments: list[str] | None = None) -> int:
             tokenizer = towers.tokenizer_of(model)
             if prompts is not None and prompt_path is not None:
                 prompt_file.attach(prompts, prompt_path, evaluated, tokenizer)
+                learned = prompts.origin.class_names
+                for line in compatibility.remarks_on_new_classes(sets, opened, learned, prompt_path):
+                    ranks.print(f"warning: {line}")
         evaluated = evaluated.to(ranks.device).eval()
         evaluated.set_precision(precision)
         model_fields = {

@@ -10,7 +10,7 @@ compatible where gain > 0. Accuracies are the metrics of the sets, in [0, 1].
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -166,6 +166,11 @@ def measure_update(
         prepared += [_prepare(model, kinds) for model, kinds in runs]
     if ranks.is_main and len({weights_digest(evaluated) for evaluated, *_ in prepared}) == 1:
         logger.warning("--upgrade: both models have the same weights, so that nothing was updated")
+    if ranks.is_main:
+        known = {path: each for model in prepared for path, each in model.prompts.items()}
+        for path, each in known.items():
+            for line in remarks_on_new_classes(sets, opened, each.origin.class_names, path):
+                logger.warning("%s", line)
     for model, kinds in runs:
         evaluated, tokenizer, loaded = prepared.pop(0)
         evaluated = evaluated.to(ranks.device).eval().set_precision(options.precision)
@@ -208,6 +213,27 @@ def _prepare(model: ModelConfig, kinds: Sequence[tuple[str, Path | None]]) -> _P
         if path is not None and kind != "new":
             _require_origin(loaded[path], path, evaluated, model)
     return _Prepared(evaluated, tokenizer, loaded)
+
+
+def remarks_on_new_classes(
+    sets: Mapping[str, EvaluationSet], opened: Opened, learned: Collection[str], path: Path
+) -> list[str]:
+    """Lines about sets of new classes (``classes: new``) that prompts were trained on.
+
+    Args:
+        learned: names of the classes that they were trained on.
+        path: of the prompts, for messages.
+    """
+    remarks = []
+    for name, data in opened.items():
+        if sets[name].classes != "new" or not isinstance(data, Labelled):
+            continue
+        if common := set(learned).intersection(data.class_names):
+            remarks.append(
+                f"{name}: {path} was trained on {len(common)} of its {len(data.class_names)} new classes, so its "
+                "accuracy is not that of unseen classes; train with data.target.classes=base"
+            )
+    return remarks
 
 
 def _require_origin(prompts: LearnedPrompts, path: Path, evaluated: Towers, model: ModelConfig) -> None:

@@ -3,11 +3,13 @@
 import contextlib
 import json
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from dive_fast.commands import evaluate
 from dive_fast.config.schema import EvaluationSet
+from dive_fast.data.sources.source import Source
 from dive_fast.evaluation.compatibility import (
     Accuracies,
     Update,
@@ -17,8 +19,11 @@ from dive_fast.evaluation.compatibility import (
     harmonic_mean,
     mean,
     message,
+    remarks_on_new_classes,
     write,
 )
+from dive_fast.evaluation.datasets.evaluation_set import Labelled
+from dive_fast.evaluation.datasets.resolve import Opened
 
 FIRST, SECOND = Accuracies(0.6, 0.7, 0.65, 0.68, 0.75), Accuracies(0.5, 0.6, 0.6, 0.55, 0.6)
 
@@ -47,6 +52,15 @@ def test_halves_are_sets_that_differ_in_their_part_alone() -> None:
     other = base.model_copy(update={"path": "/other"})
     sets = {"food101-base": base, "food101-new": new, "all": one, "alone": other}
     assert halves(sets) == {"food101": ("food101-base", "food101-new")}
+
+
+def test_new_classes_that_were_trained_on_are_named() -> None:
+    one = EvaluationSet(dataset="food101", path="/data")
+    sets = {part: one.model_copy(update={"classes": part}) for part in ("base", "new", "all")}
+    opened: Opened = dict.fromkeys(sets, Labelled(cast("Source", None), ("soup", "pie"), ()))
+    (line,) = remarks_on_new_classes(sets, opened, ("pie", "rice"), Path("prompts.safetensors"))
+    assert line.startswith("new: prompts.safetensors was trained on 1 of its 2 new classes")
+    assert remarks_on_new_classes(sets, opened, ("rice",), Path("prompts.safetensors")) == []
 
 
 def test_table_figure_and_message_show_all_sets(tmp_path: Path) -> None:
