@@ -344,9 +344,10 @@ def test_unreadable_file_that_did_not_change_is_unusable(root: Path, monkeypatch
         raise PermissionError(13, "Permission denied")
 
     # Within the block alone: pytest opens files too.
-    with monkeypatch.context() as patch, pytest.raises(DataError, match="cannot read the image") as error:
+    with monkeypatch.context() as patch:
         patch.setattr("builtins.open", refuse)
-        source.read(0)
+        with pytest.raises(DataError, match="cannot read the image") as error:
+            source.read(0)
     assert not isinstance(error.value, ChangedDataError)
 
 
