@@ -167,9 +167,9 @@ def measure_update(
     if ranks.is_main and len({weights_digest(evaluated) for evaluated, *_ in prepared}) == 1:
         logger.warning("--upgrade: both models have the same weights, so that nothing was updated")
     if ranks.is_main:
-        known = {path: each for model in prepared for path, each in model.prompts.items()}
-        for path, each in known.items():
-            for line in remarks_on_new_classes(sets, opened, each.origin.class_names, path):
+        known = {file: each for model in prepared for file, each in model.prompts.items()}
+        for file, each in known.items():
+            for line in remarks_on_new_classes(sets, opened, each.origin.class_names, file):
                 logger.warning("%s", line)
     for model, kinds in runs:
         evaluated, tokenizer, loaded = prepared.pop(0)
