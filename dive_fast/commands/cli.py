@@ -10,6 +10,7 @@ import logging
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -162,6 +163,11 @@ def run_folder(output: str | None, config: str) -> Path:
     return Path(output or f"runs/{Path(config).stem}")
 
 
+REPORT_SECONDS = {True: 2.0, False: 10.0}
+"""How long a rank whose error another one reports waits before it exits, in a process group and before they join.
+Launchers end all ranks once one has ended, also a slower one that is about to report: the error would be lost."""
+
+
 def report_error(error: Exception, options: argparse.Namespace) -> int:
     """Prints a user's mistake in one line, once for all ranks that share it.
 
@@ -177,6 +183,8 @@ def report_error(error: Exception, options: argparse.Namespace) -> int:
     if _should_report(error):
         prefix = "" if os.environ.get("RANK", "0") == "0" else _rank_prefix()
         print(f"{prefix}error: {_with_origin(str(error), options)}{command}", file=sys.stderr)
+    else:
+        time.sleep(REPORT_SECONDS[_in_group()])
     return 2
 
 
@@ -202,10 +210,16 @@ def _should_report(error: Exception) -> bool:
     """
     from dive_fast.errors import LaunchError
 
-    rank, distributed = os.environ.get("RANK", "0"), sys.modules.get("torch.distributed")
-    if rank == "0" or (distributed is not None and distributed.is_initialized()):
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or _in_group():
         return rank == "0"
     return isinstance(error, LaunchError) or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _in_group() -> bool:
+    """Whether this rank is in a process group; does not import torch."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and bool(distributed.is_initialized())
 
 
 def guarded(main: Callable[..., int]) -> Callable[..., int]:

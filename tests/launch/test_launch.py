@@ -142,9 +142,11 @@ def train_alone(config: str, *overrides: str) -> None:
 
 
 def test_deepspeed_launcher_returns_exit_code_2(tmp_path: Path) -> None:
-    result = call(
-        "deepspeed", "--num_accelerators", "2", "launch/train.py", "--config", "demo.json", "modle.name=x"
-    )
+    # The rank that reports is the slower one; the launcher ends it once the other has ended.
+    late = "import os, time\nif os.environ.get('RANK') == '0':\n    time.sleep(3)\n"
+    (tmp_path / "sitecustomize.py").write_text(late)
+    command = "deepspeed", "--num_accelerators", "2", "launch/train.py", "--config", "demo.json", "modle.name=x"
+    result = call(*command, PYTHONPATH=str(tmp_path))
     assert result.returncode == 2
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
@@ -192,6 +194,7 @@ def test_report_error_appends_rebuild_command_for_stale_cache(
     assert capsys.readouterr().err == "error: missing\n"
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(cli, "REPORT_SECONDS", dict.fromkeys((True, False), 0.0))
     cli.report_error(stale, parser.parse_intermixed_args(words))
     assert capsys.readouterr().err == ""
 
