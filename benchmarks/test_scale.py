@@ -152,4 +152,4 @@ def test_ranks_and_peers_of_a_tiny_run(tmp_path: Path, monkeypatch: pytest.Monke
         assert measured.kinds(part) == [TARS_CAPTIONS, scale_tasks.WEBDATASET]
     assert len(measured.values("step", part="step", kind=TARS_CAPTIONS)) == 4
     assert len(measured.values("step", part="stream", kind=TARS_CAPTIONS)) == 3
-    assert measured.kinds("growth") == ["results tables, rows", "checkpoints"]
+    assert {"results tables, rows", "checkpoints"} <= set(measured.kinds("growth"))
