@@ -172,20 +172,17 @@ def ensemble(report: Mapping[str, Any], path: Path) -> None:
     rows, chosen_on = report["accuracies"], report["chosen_on"]
     others = [name for name in rows[0] if name not in ("alpha", chosen_on)] or [chosen_on]
     samples = report.get("samples", {})
-    across = min(3, len(others))
-    down = -(-len(others) // across)
-    figure = new_figure(WIDTH, 3.1 * down + 0.7)
-    panels = list(figure.subplots(down, across, squeeze=False).flat)
-    for axis in panels[len(others) :]:
-        axis.axis("off")
+    figure, panels = new_grid(len(others), 3, 3.1, 0.7)
     for axis, name in zip(panels, others):
         x, y = ([100 * row[key] for row in rows] for key in (chosen_on, name))
         axis.plot(x, y, "-", color=BLUE, linewidth=1, alpha=0.6)
-        errors = [
+        y_errors, x_errors = (
             [_standard_error(value, samples.get(key)) for value in values]
             for key, values in ((name, y), (chosen_on, x))
-        ]
-        axis.errorbar(x, y, *errors, fmt="o", color=BLUE, ecolor="#a7c7e7", elinewidth=0.8, markersize=4)
+        )
+        axis.errorbar(
+            x, y, y_errors, x_errors, fmt="o", color=BLUE, ecolor="#a7c7e7", elinewidth=0.8, markersize=4
+        )
         labels = []
         for place, row in enumerate(rows):
             end = {0: "pre-trained", len(rows) - 1: "fine-tuned"}.get(place)
@@ -362,6 +359,24 @@ def new_figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure  # takes a second to import
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def new_grid(count: int, across: int, height: float, margin: float) -> tuple["Figure", "list[Axes]"]:
+    """A figure of the common width with panels in rows, and its panels.
+
+    Args:
+        count: number of panels, at least 1.
+        across: most panels of a row.
+        height: inches of a row.
+        margin: inches of title and legend.
+    """
+    across = min(across, count)
+    down = -(-count // across)
+    figure = new_figure(WIDTH, height * down + margin)
+    panels = list(figure.subplots(down, across, squeeze=False).flat)
+    for axis in panels[count:]:
+        axis.axis("off")
+    return figure, panels[:count]
 
 
 def add_title(figure: "Figure", title: str) -> None:

@@ -49,11 +49,11 @@ def write_questions(folder: Path, name: str, first_photo: int = 0) -> dict[str, 
         path.write_bytes(tiny.jpeg(first_photo + photo))
     questions, annotations = [], []
     for number in range(ASKED):
-        given = rng.choice([*CANDIDATES, "Photo", "Cat."], 10, p=[0.25, 0.15, 0.15, 0.1, 0.1, 0.15, 0.1])
-        given = ["none of these"] * 10 if number == 5 else given.tolist()
+        answered = rng.choice([*CANDIDATES, "Photo", "Cat."], 10, p=[0.25, 0.15, 0.15, 0.1, 0.1, 0.15, 0.1])
+        answered = ["none of these"] * 10 if number == 5 else answered.tolist()
         about = {"image_id": number % PHOTOS, "question_id": 100 + number}
         questions.append(about | {"question": QUESTIONS[number % len(QUESTIONS)]})
-        annotations.append(about | {"answers": [{"answer": answer} for answer in given]})
+        annotations.append(about | {"answers": [{"answer": answer} for answer in answered]})
     questions_file = folder / f"v2_OpenEnded_mscoco_{name}2014_questions.json"
     questions_file.write_text(json.dumps({"data_subtype": f"{name}2014", "questions": questions}))
     answers_file = folder / f"v2_mscoco_{name}2014_annotations.json"
@@ -105,8 +105,8 @@ def by_loop(root: Path) -> dict[str, float]:
             x = unit(towers.encode_image(towers.preprocess.to_tensor(image)[None]))
             texts = [f"question: {entry['question']} answer: {answer}" for answer in CANDIDATES]
             scores = [float(x @ unit(towers.encode_text(tokenizer([text]))).T) for text in texts]
-        given = [answer.lower().rstrip(".") for answer in answers_of[entry["question_id"]]]
-        agreement = [min(given.count(answer) / 3, 1) for answer in CANDIDATES]
+        answered = [answer.lower().rstrip(".") for answer in answers_of[entry["question_id"]]]
+        agreement = [min(answered.count(answer) / 3, 1) for answer in CANDIDATES]
         soft.append(agreement[int(np.argmax(scores))])
         bound.append(max(agreement))
         none.append(not any(agreement))

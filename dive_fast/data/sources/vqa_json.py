@@ -186,13 +186,13 @@ def frequent_answers(questions: Sequence[Question], count: int) -> FrequentAnswe
 
     An opening is known if at least :data:`MIN_QUESTIONS` questions with such an answer have it.
     """
-    given = [(question.question, plain_answer(question.answer)) for question in questions]
-    frequencies = Counter(answer for _, answer in given if answer)
+    pairs = [(question.question, plain_answer(question.answer)) for question in questions]
+    frequencies = Counter(answer for _, answer in pairs if answer)
     ordered = sorted(frequencies, key=lambda answer: (-frequencies[answer], answer))
     row_of = {answer: row for row, answer in enumerate(ordered[:count])}
     rows: dict[str, set[int]] = {}
     num_questions: Counter[str] = Counter()
-    for question, answer in given:
+    for question, answer in pairs:
         if answer in row_of:
             for opening in openings_of(question):
                 num_questions[opening] += 1

@@ -9,9 +9,8 @@ from dive_fast.evaluation.plots import (
     GREEN,
     ORANGE,
     OTHERS,
-    WIDTH,
     add_title,
-    new_figure,
+    new_grid,
     save_figure,
     style_axes,
 )
@@ -38,14 +37,8 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, attack: str, norm: str) 
     titles = list(dict.fromkeys(line.title for line in lines))
     names = list(dict.fromkeys(_name(line, lines) for line in lines))
     colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
-    across = min(ACROSS, len(titles))
-    down = -(-len(titles) // across)
-    figure = new_figure(WIDTH, 2.9 * down + 0.3 * -(-len(names) // 2) + 0.5)
-    panels = figure.subplots(down, across, squeeze=False)
-    for index, panel in enumerate(panels.flat):
-        if index >= len(titles):
-            panel.axis("off")
-            continue
+    figure, panels = new_grid(len(titles), ACROSS, 2.9, 0.3 * -(-len(names) // 2) + 0.5)
+    for index, panel in enumerate(panels):
         for line in (line for line in lines if line.title == titles[index]):
             name = _name(line, lines)
             distances = [0.0, *(eps for eps in line.rows if eps)]
@@ -58,9 +51,9 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, attack: str, norm: str) 
         panel.grid(alpha=0.25)
         style_axes(panel)
         panel.set_xlabel(f"eps, 255ths ({NORMS.get(norm, norm)})")
-        if index % across == 0:
+        if index % ACROSS == 0:
             panel.set_ylabel("accuracy, %")
-    handles = {label: handle for panel in panels.flat for handle, label in zip(*panel.get_legend_handles_labels())}
+    handles = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     add_title(figure, f"Accuracy under {ATTACKS.get(attack, attack)}")
     save_figure(figure, path)

@@ -14,6 +14,7 @@ from dive_fast.evaluation.plots import (
     Label,
     add_title,
     new_figure,
+    new_grid,
     place_labels,
     save_figure,
     style_axes,
@@ -145,13 +146,8 @@ def draw_joint(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     dotted line where both shifts are equal.
     """
     panels = _joint_panels(rows)
-    across = min(2, len(panels))
-    down = -(-len(panels) // across)
-    figure = new_figure(WIDTH, 3.4 * down + 0.5)
-    axes = list(figure.subplots(down, across, squeeze=False).flat)
-    for axis in axes[len(panels) :]:
-        axis.axis("off")
-    for axis, ((source, concept), by_model) in zip(axes, panels.items(), strict=False):
+    figure, axes = new_grid(len(panels), 2, 3.4, 0.5)
+    for axis, ((source, concept), by_model) in zip(axes, panels.items(), strict=True):
         labels: list[Label] = []
         for model, points in by_model.items():
             x, y, names = zip(*points, strict=True)
@@ -168,7 +164,7 @@ def draw_joint(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.grid(alpha=0.25)
         style_axes(axis)
         place_labels(axis, labels, 8)
-    for axis in axes[::across]:
+    for axis in axes[::2]:
         axis.set_ylabel("shift of pairs / held-out")
     if len({model for by_model in panels.values() for model in by_model}) > 1:
         _add_legend(figure)
